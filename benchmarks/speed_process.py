@@ -14,6 +14,8 @@ from pydantic import BaseModel
 
 POLL_SECONDS = 0.05
 KIB = 1024
+INSTALLED = {"PYTHONDONTWRITEBYTECODE": ""}
+"""An installed package is compiled once, as the peers' libraries are, whatever is set here."""
 
 
 class Usage(BaseModel):
@@ -48,7 +50,7 @@ def run_process(
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=errors, text=True,
-            env={**os.environ, **environment},
+            env={**os.environ, **INSTALLED, **environment},
         )  # fmt: skip
         memory = MemoryWatch(process.pid)
         memory.start()

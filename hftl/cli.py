@@ -22,6 +22,7 @@ from hftl.cli_output import is_interactive, run_quietly, say, show_warning
 from hftl.config.recipe import Recipe
 from hftl.errors import HftlError
 from hftl.runtime import distributed
+from hftl.runtime.imports import freeze_imports, pause_collections
 from hftl.runtime.run_folder import to_json
 
 app = typer.Typer(
@@ -129,10 +130,10 @@ def check(
 ) -> None:
     """Look at recipe, data and source model, and find faults; trains nothing."""
     loaded = Recipe.load(recipe, overrides)
-    with run_quietly():
-        from hftl import console
-        from hftl.pipeline.pipeline import check_recipe
+    from hftl import console
+    from hftl.pipeline.pipeline import check_recipe
 
+    with run_quietly():
         header, facts = check_recipe(loaded, baseline)
     say(console.format_check(header, facts, has_task=loaded.data.task is not None))
 
@@ -170,9 +171,9 @@ def predict(
     ] = None,
 ) -> None:
     """Predict a table's rows, or one text: label, score, a column a class."""
-    with run_quietly():
-        from hftl.inference.predict_table import predict_table
+    from hftl.inference.predict_table import predict_table
 
+    with run_quietly():
         text = predict_table(
             model, data, output, base, prior, lambda line: typer.echo(line, err=True), coverage
         )
@@ -240,9 +241,9 @@ def doctor(
     fix: Annotated[bool, typer.Option("--fix", help="mend what is safe to mend")] = False,
 ) -> None:
     """Examine any adapter, running none of it; exits 4 on defects."""
-    with run_quietly(bars=False):
-        from hftl.doctor.report import run_doctor
+    from hftl.doctor.report import run_doctor
 
+    with run_quietly(bars=False):
         raise typer.Exit(run_doctor(adapter, base, fix, say))
 
 
@@ -254,9 +255,9 @@ def compare(
     base: Annotated[str | None, typer.Option(help="the adapters' base, if elsewhere")] = None,
 ) -> None:
     """Score several models on the same items, against the first."""
-    with run_quietly():
-        from hftl.inference.compare import compare_models
+    from hftl.inference.compare import compare_models
 
+    with run_quietly():
         table = compare_models(models, data, output, base)
     say(table)
     if output is not None:
@@ -298,7 +299,6 @@ def _run_until(
     cli_errors.CURRENT_COMMAND.run = folder
     cli_errors.CURRENT_COMMAND.resume_command = shlex.join(["hftl", *sys.argv[1:]])
     from hftl.pipeline import pipeline
-    from hftl.runtime.workers import freeze_imports
 
     freeze_imports()
     pipeline.run(
@@ -318,6 +318,7 @@ def main() -> NoReturn:
         sys.stdout.reconfigure(errors="backslashreplace")
     warnings.showwarning = show_warning
     signal.signal(signal.SIGTERM, _exit_on_signal)
+    pause_collections()
     try:
         code = app(standalone_mode=False) or 0
     except HftlError as error:
@@ -334,6 +335,7 @@ def main() -> NoReturn:
     sys.stdout.flush()
     if code == 0 or distributed.has_shared_failure():
         distributed.close_process_group()
+    freeze_imports()
     sys.exit(code)
 
 

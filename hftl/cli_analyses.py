@@ -31,9 +31,9 @@ def open_analysis(
     """Yield a recipe, its source and rows, and the run folder, which one process writes to."""
     loaded = Recipe.load(recipe, overrides)
     folder = name_run(loaded, output)
-    with run_quietly():
-        from hftl.pipeline.pipeline import open_recipe
+    from hftl.pipeline.pipeline import open_recipe
 
+    with run_quietly():
         yield loaded, open_recipe(loaded), folder
 
 
@@ -122,10 +122,10 @@ def advise(
         say(summarize_history(runs))
         return
     loaded = Recipe.load(recipe, rest)
-    with run_quietly():
-        from hftl.pipeline.advise import advise_recipe
-        from hftl.pipeline.pipeline import open_recipe
+    from hftl.pipeline.advise import advise_recipe
+    from hftl.pipeline.pipeline import open_recipe
 
+    with run_quietly():
         text = advise_recipe(loaded, open_recipe(loaded), output or loaded.default_output())
     say(text)
 
@@ -145,9 +145,9 @@ def rank(
     loaded = Recipe.load(recipe, overrides)
     _refuse_existing(write)
     folder = name_run(loaded, output)
-    with run_quietly():
-        from hftl.pipeline import analyses
+    from hftl.pipeline import analyses
 
+    with run_quietly():
         facts, text = analyses.run_rank(loaded, folder, source or [], rows)
     say(text)
     if write is not None:

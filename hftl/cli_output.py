@@ -9,6 +9,7 @@ import typer
 
 from hftl.errors import DataWarning
 from hftl.runtime import distributed
+from hftl.runtime.imports import freeze_imports
 
 
 def say(line: str) -> None:
@@ -40,9 +41,13 @@ def is_interactive() -> bool:
 
 @contextmanager
 def run_quietly(bars: bool = True) -> Iterator[None]:
-    """Silence the libraries while a command works, and show progress on a terminal."""
+    """Silence the libraries while a command works, and show progress on a terminal.
+
+    What the command needs is imported before.
+    """
     from hftl.runtime.progress import show_progress, silence_libraries
 
     silence_libraries()
+    freeze_imports()
     with show_progress(bars and is_interactive()):
         yield

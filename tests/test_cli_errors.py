@@ -1,5 +1,6 @@
 """Check bad input at the command line: one line on stderr, the exit code, nothing half written."""
 
+import gc
 import io
 import json
 import subprocess
@@ -287,6 +288,7 @@ def test_help_schema_version_and_traceback(hftl: Hftl, recipe_file: Path) -> Non
     assert outcome.out.startswith("Usage: ") and "  publish  " in outcome.out
     assert json.loads(hftl("schema").out)["required"] == ["source", "data"]
     assert hftl("--version").out == f"{__version__}\n"
+    assert gc.isenabled() and gc.get_freeze_count() > 0
     outcome = hftl("check", recipe_file, "data.shots=none", "--debug")
     assert outcome.code == 2 and outcome.err.startswith("hftl: error: ")
     assert "Traceback" in outcome.err

@@ -16,7 +16,7 @@ ORDER = [
     "config.section", "config.overrides", "config.secrets", "config.upstream_args",
     "config.data", "config.adapt", "config.finetune",
     "config.retain", "config.measure", "config.publish", "config.validation", "config.recipe",
-    "runtime.distributed", "runtime.interruption",
+    "runtime.distributed", "runtime.imports", "runtime.interruption",
     "runtime.hardware", "runtime.run_folder", "runtime.finished_files", "runtime.row_store",
     "runtime.restart", "runtime.paths", "runtime.progress", "runtime.claims", "runtime.workers",
     "runtime.watchdog",
@@ -197,3 +197,45 @@ def test_no_function_named_like_a_getter_calls_a_collective(modules: dict[str, M
     assert len(callers) > 20
     getters = [name for name in callers if name.split(".")[-1].strip("_").split("_")[0] in GETTERS]
     assert not getters, f"name what they do, for they wait for other processes: {getters}"
+
+
+ANALYSES_ONLY = (
+    "sklearn", "scipy.stats", "scipy.optimize", "scipy.integrate", "datasketch", "matplotlib",
+    "evaluate", "pandas", "torchvision", "timm",
+)  # fmt: skip
+"""Libraries that a cheap command does not need; they are imported where they are used."""
+TRAINING_ONLY = ("datasets", "accelerate", "jinja2", "pyarrow", "transformers.Trainer")
+LATE_LIBRARIES = [
+    ("pipeline.pipeline", ANALYSES_ONLY),
+    ("inference.predict_table", (*ANALYSES_ONLY, *TRAINING_ONLY)),
+    ("cli", ("torch", "transformers", "numpy", "huggingface_hub")),
+]
+
+
+def imported_at_once(body: list[ast.stmt]) -> Iterator[str]:
+    """Yield what a module imports when it is imported itself, with the names of its members."""
+    for node in body:
+        if isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.Try):
+            yield from imported_at_once(node.body)
+        elif isinstance(node, ast.If) and ast.unparse(node.test) != "TYPE_CHECKING":
+            yield from imported_at_once(node.body)
+
+
+@pytest.mark.parametrize(("start", "late"), LATE_LIBRARIES)
+def test_a_library_is_imported_where_it_is_used(start: str, late: tuple[str, ...]) -> None:
+    pending, reached = [start], {start}
+    while pending:
+        name = pending.pop()
+        for whole in imported_at_once(ast.parse(MODULES[name].read_text("utf-8")).body):
+            assert not any(f"{whole}.".startswith(f"{library}.") for library in late), (
+                f"{name} imports {whole}, which {start} loads with it"
+            )
+            inner = whole.removeprefix("hftl.")
+            new = {m for m in (inner, inner.rpartition(".")[0]) if m in MODULES} - reached
+            pending += new
+            reached |= new
+    assert len(reached) > 10

@@ -1,16 +1,17 @@
 """Compare the probe with scikit-learn's own solvers on standardised features."""
 
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 from scipy.special import softmax
+from sklearn import linear_model, model_selection
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import log_loss
 from sklearn.model_selection import KFold, StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 
-from hftl.analysis import probe as module
 from hftl.analysis.probe import ALPHA_GRID, C_GRID, Probe, fit_probe
 
 ROWS, WIDTH = 60, 4
@@ -109,20 +110,23 @@ def test_fit_is_deterministic_and_the_unit_of_features_does_not_matter(outputs: 
     np.testing.assert_allclose(second.logits(other), first.logits(features), atol=5e-3 * scale)
 
 
-@pytest.mark.parametrize(("outputs", "solver"), [(3, "LogisticRegressionCV"), (1, "GridSearchCV")])
+@pytest.mark.parametrize(
+    ("outputs", "library", "solver"),
+    [(3, linear_model, "LogisticRegressionCV"), (1, model_selection, "GridSearchCV")],
+)
 def test_folds_never_split_a_group(
-    outputs: int, solver: str, monkeypatch: pytest.MonkeyPatch
+    outputs: int, library: ModuleType, solver: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     features, labels = draw_problem(outputs)
     groups = np.array([f"g{i}" for i in np.random.default_rng(0).integers(20, size=ROWS)])
     folds: list[Any] = []
-    solve = getattr(module, solver)
+    solve = getattr(library, solver)
 
     def spy(*args: Any, cv: list[Any], **kwargs: Any) -> Any:
         folds.extend(cv)
         return solve(*args, cv=cv, **kwargs)
 
-    monkeypatch.setattr(module, solver, spy)
+    monkeypatch.setattr(library, solver, spy)
     fit(features, labels, groups.tolist())
     assert len(folds) == 5
     assert sorted(i for _, test in folds for i in test) == list(range(ROWS))

@@ -7,7 +7,6 @@ the points might have been, from one draw for all curves: they share seeds and t
 from typing import NamedTuple
 
 import numpy as np
-from sklearn.isotonic import isotonic_regression
 
 from hftl.analysis.power_law import MIN_POINTS, PowerLaw, fit_power_law
 
@@ -30,6 +29,8 @@ def compute_area(sizes: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 def _find_needed(sizes: np.ndarray, points: np.ndarray, target: float) -> float:
     """Return the labels at which a curve, made monotone, reaches a score; inf beyond its end."""
+    from sklearn.isotonic import isotonic_regression
+
     rising = isotonic_regression(points)
     if target > rising[-1]:
         return np.inf
@@ -57,6 +58,8 @@ def compare_labels(
         own_draws: (draws, sizes).
         other_draws: (draws, sizes).
     """
+    from sklearn.isotonic import isotonic_regression
+
     ratios = []
     for place, size in enumerate(sizes):
         value = _find_needed(sizes, other, own[place]) / size

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.special import rel_entr
-from scipy.stats import norm
 
 from hftl.analysis.out_of_fold import fit_folds, predict_folds
 from hftl.analysis.probe import Probe
@@ -104,6 +103,8 @@ def _bound_error(error: float, units: int, noise: float) -> tuple[float, float]:
     `noise` phi(z)^2 to the variance e (1 - e) of a row, z the normal quantile of e: .64 of it for
     equal domains, where the classifier is noise, and nothing where it is known.
     """
+    from scipy.stats import norm
+
     variance = error * (1 - error)
     together = noise * float(norm.pdf(norm.ppf(error))) ** 2
     share = variance / (variance + together) if variance else 1.0

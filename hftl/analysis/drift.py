@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import log_softmax
-from sklearn.model_selection import GroupKFold
 
 from hftl.analysis.neighbours import JackknifeEstimate, normalize_rows
 from hftl.analysis.probe import Probe, fit_probe
@@ -179,6 +178,8 @@ class JackknifeProbes:
             penalty: C of the logistic regression.
             blocks: (rows,) int64 from 0 on.
         """
+        from sklearn.model_selection import GroupKFold
+
         folds = np.zeros(len(labels), dtype=np.int64)
         splitter = GroupKFold(min(FOLDS, len(np.unique(units))))
         for number, (_, test) in enumerate(splitter.split(features, labels, units)):

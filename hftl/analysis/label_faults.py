@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from scipy.special import softmax
-from scipy.stats import binom
 
 from hftl.analysis.domains import read_part
 from hftl.analysis.label_maps import MIN_MAP_GAIN, find_exchange
@@ -43,6 +42,8 @@ DOCUMENT = re.compile(r"(.+?)[_\-./#: ]\d+")
 
 def check_label_errors(examined: ExaminedRows) -> Iterator[Finding]:
     """Find labels that are wrong, by confident learning on probabilities out of fold."""
+    from scipy.stats import binom
+
     if examined.context.prepared.task != "classification":
         return
     probabilities, labels = softmax(examined.logits, axis=1), examined.targets
@@ -164,6 +165,8 @@ def check_unlabeled_shares(examined: ExaminedRows) -> Iterator[Finding]:
 
 def check_groups(examined: ExaminedRows) -> Iterator[Finding]:
     """Find a column whose rows belong together and are in several splits."""
+    from scipy.stats import binom
+
     recipe, context = examined.recipe, examined.context
     if recipe.data.group is not None:
         return

@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
-from scipy.stats import binom
 
 from hftl.analysis.out_of_fold import MIN_ROWS, assign_folds
 
@@ -28,6 +26,8 @@ class Exchange(NamedTuple):
 
 def match_labels(predicted: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
     """Return the permutation of classes under which predictions agree best with labels."""
+    from scipy.optimize import linear_sum_assignment
+
     table = np.zeros((classes, classes))
     np.add.at(table, (predicted, labels), 1)
     # Of equally good maps the one that leaves names as they are.
@@ -81,6 +81,8 @@ def find_exchange(
 
 def _test_sign(change: np.ndarray, units: np.ndarray) -> float:
     """Return the p-value that no more units gain than lose, by the sign test."""
+    from scipy.stats import binom
+
     totals = np.bincount(units, weights=change)
     gained, lost = int((totals > 0).sum()), int((totals < 0).sum())
     return float(binom.sf(gained - 1, gained + lost, 0.5))

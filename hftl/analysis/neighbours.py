@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import numpy as np
-from sklearn.neighbors import NearestNeighbors
 
 from hftl.errors import DataError
 
@@ -59,6 +58,8 @@ def normalize_rows(features: np.ndarray) -> np.ndarray:
 
 def rank_neighbours(features: np.ndarray, count: int) -> np.ndarray:
     """Return each row's `count` nearest other rows by cosine, (rows, count), the nearest first."""
+    from sklearn.neighbors import NearestNeighbors
+
     search = NearestNeighbors(n_neighbors=count, metric="cosine", algorithm="brute")
     search.fit(normalize_rows(features))
     return cast(np.ndarray, search.kneighbors(return_distance=False))

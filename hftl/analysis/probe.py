@@ -9,14 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from sklearn.linear_model import LogisticRegression, LogisticRegressionCV, Ridge
-from sklearn.model_selection import (
-    GridSearchCV,
-    GroupKFold,
-    KFold,
-    StratifiedGroupKFold,
-    StratifiedKFold,
-)
 
 FOLDS = 5
 MAX_STEPS = 1000
@@ -131,6 +123,8 @@ def fit_logistic(
     Returns:
         Weights (outputs, width), biases (outputs,) and the chosen C.
     """
+    from sklearn.linear_model import LogisticRegression
+
     if weights is not None:
         counts = weights > 0
         x, y, weights = x[counts], y[counts], weights[counts]
@@ -159,6 +153,9 @@ def _choose_c(
     Classes too rare to be held out are left out; where fewer than two classes remain, it is the
     middle of the grid.
     """
+    from sklearn.linear_model import LogisticRegressionCV
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
     if len(cs) == 1:
         return float(cs[0])
     counts = np.bincount(y)
@@ -216,6 +213,9 @@ def fit_ridge(
 
     With fewer than two rows or groups it predicts their mean, without an intercept 0.
     """
+    from sklearn.linear_model import Ridge
+    from sklearn.model_selection import GridSearchCV, GroupKFold, KFold
+
     units = len(y) if groups is None else len(set(groups))
     if units < 2:
         return np.zeros((1, x.shape[1])), np.array([y.mean() * intercept]), float("inf")

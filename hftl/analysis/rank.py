@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from sklearn.exceptions import ConvergenceWarning
 
 from hftl.analysis import transferability as transfer
 from hftl.analysis.facts import (
@@ -182,6 +181,8 @@ def _score_classes(
     targets: np.ndarray,
 ) -> dict[str, float]:  # fmt: skip
     """Return the scores that are defined for classes, by name."""
+    from sklearn.exceptions import ConvergenceWarning
+
     known = np.flatnonzero(np.isfinite(features).all(1))[:MAX_SCORED]
     features = features[known]
     _, labels = np.unique(targets[known], return_inverse=True)

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.stats import ttest_1samp
 
 from hftl.analysis.fingerprints import (
     CLIP,
@@ -116,6 +115,8 @@ def _normalize_by(inputs: ImageInputs, normalization: Normalization) -> ImageInp
 
 def _swap_channels(inputs: ImageInputs, rows: list[Row], encode: Encode) -> Iterator[Reading]:
     """Yield the exchange of red and blue, unless all pictures are grey."""
+    from scipy.stats import ttest_1samp
+
     balance = np.array([measure_red(row) for row in encode(rows)])
     if not balance.any():
         return

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from scipy.stats import chi2_contingency, fisher_exact
 
 from hftl.config.data import Table
 from hftl.config.recipe import Recipe
@@ -147,6 +146,8 @@ def compare_shares(
         first_worth: how many independent rows a row of the first is worth.
         second_worth: the same of the second.
     """
+    from scipy.stats import chi2_contingency
+
     present = first + second > 0
     if present.sum() < 2:
         return 1.0
@@ -158,6 +159,8 @@ def compare_shares(
 
 def _compare_single_classes(table: np.ndarray) -> float:
     """Return the least p-value of a class against all others, in counts (2, classes)."""
+    from scipy.stats import fisher_exact
+
     counts = np.floor(table).astype(np.int64)
     others = counts.sum(1, keepdims=True) - counts
     tests: list[Any] = [

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from scipy.special import expit, log_expit, log_softmax
-from scipy.stats import ttest_1samp
 
 from hftl.analysis.out_of_fold import assign_folds
 from hftl.analysis.probe import fit_probe
@@ -299,6 +298,8 @@ def compare_readings(own: RowScores, other: RowScores) -> tuple[float, float]:
 
 def compute_p_above_zero(values: np.ndarray) -> float:
     """Return the one-sided p-value that the mean of values is not above 0; 1 of equal values."""
+    from scipy.stats import ttest_1samp
+
     if np.ptp(values) == 0:
         return 1.0
     result: Any = ttest_1samp(values, 0, alternative="greater")

@@ -6,11 +6,7 @@ score wins everywhere, so a table holds several beside the accuracy of plain pro
 """
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp
-from sklearn.covariance import LedoitWolf
-from sklearn.decomposition import PCA
-from sklearn.mixture import GaussianMixture
 
 CODING_PRECISION = 1e-4
 """The distortion of TransRate's code, of features whose mean squared length is 1."""
@@ -72,6 +68,8 @@ def _maximize_evidence(squares: np.ndarray, energies: np.ndarray, rest: float, r
         rest: the squared targets outside of it.
         rows: of the features.
     """
+    from scipy.optimize import minimize_scalar
+
     outside = rows - len(squares)
     scale = float(squares.mean()) or 1.0
 
@@ -98,6 +96,8 @@ def compute_h_score(features: np.ndarray, labels: np.ndarray) -> float:
     classes less one for any features wider than the rows are many (Bao et al. 2019). Both
     covariances divide by the rows.
     """
+    from sklearn.covariance import LedoitWolf
+
     centred = features.astype(np.float64) - features.mean(0, dtype=np.float64)
     estimate = LedoitWolf(assume_centered=True).fit(centred)
     counts = np.bincount(labels)
@@ -143,6 +143,8 @@ def compute_cluster_probabilities(features: np.ndarray, classes: int, seed: int 
     the variance, at most 64, and five clusters a class, at most one for ten rows; their
     covariances are diagonal, so that few rows suffice.
     """
+    from sklearn.mixture import GaussianMixture
+
     reduced = reduce_width(features, PCA_WIDTH, 0.8)
     clusters = max(2, min(CLUSTERS_PER_CLASS * classes, len(features) // 10))
     mixture = GaussianMixture(clusters, covariance_type="diag", reg_covar=1e-4, random_state=seed)
@@ -207,6 +209,8 @@ def reduce_width(features: np.ndarray, width: int, share: float | None = None) -
     They are float64, so that scores do not depend on the order of sums. Rows that are all alike, as
     the first token's embedding is, have one component of 0.
     """
+    from sklearn.decomposition import PCA
+
     if not np.ptp(features, axis=0).any():
         return np.zeros((len(features), 1))
     most = min(width, *features.shape)

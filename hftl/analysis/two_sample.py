@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import rankdata
 
 from hftl.analysis.probe import fit_probe
 
@@ -36,6 +35,8 @@ def compare_by_classifier(
         groups: (rows of both,) names, first's before second's. None: every row for itself.
         seed: of the halves and permutations.
     """
+    from scipy.stats import rankdata
+
     rng = np.random.default_rng(seed)
     rows = np.concatenate([first, second]).astype(np.float32)
     sides = np.repeat(np.array([0, 1]), [len(first), len(second)])

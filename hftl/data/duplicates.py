@@ -7,16 +7,18 @@ decode to the same pixels. The same content twice is one item; with two labels i
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from datasketch import MinHash, MinHashLSH
 from imagehash import phash
 from PIL import Image
 
 from hftl.data.facts import CopyCounts
 from hftl.data.normalization import normalize_content, normalize_text
 from hftl.data.rows import Label, Row
+
+if TYPE_CHECKING:
+    from datasketch import MinHash
 
 SPLIT_PRIORITY = ("test", "validation", "train")
 """Of copies in several tables the one that measures is kept."""
@@ -123,6 +125,8 @@ class NearTextIndex:
     """
 
     def __init__(self, texts: Iterable[str], threshold: float = 0.8) -> None:
+        from datasketch import MinHashLSH
+
         self._threshold = threshold
         distinct = {frozenset(build_shingles(text)) for text in texts}
         self._indexed = sorted(distinct, key=sorted)
@@ -204,7 +208,9 @@ def _compute_jaccard(one: Shingles, other: frozenset[tuple[str, ...]]) -> float:
     return common / (len(one) + len(other) - common)
 
 
-def _compute_minhash(shingles: Iterable[tuple[str, ...]]) -> MinHash:
+def _compute_minhash(shingles: Iterable[tuple[str, ...]]) -> "MinHash":
+    from datasketch import MinHash
+
     minhash = MinHash(num_perm=LSH_BANDS * LSH_ROWS, seed=MINHASH_SEED)
     minhash.update_batch([" ".join(words).encode() for words in shingles])
     return minhash

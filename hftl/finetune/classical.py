@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.sparse import hstack
-from sklearn.feature_extraction import DictVectorizer
-from sklearn.feature_extraction.text import TfidfVectorizer
 
 from hftl.analysis.out_of_fold import assign_folds
 from hftl.analysis.probe import fit_linear
@@ -118,6 +116,8 @@ def _extract_pixels(context: ExperimentContext, rows: list[Row]) -> np.ndarray:
 
 def _vectorize_texts(parts: Sequence[list[Row]]) -> tuple[list[Any], dict[str, torch.Tensor]]:
     """Return the TF-IDF of words and word pairs."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
     vectorizer = TfidfVectorizer(
         ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\w+|[^\w\s]"
     )
@@ -130,6 +130,8 @@ def _vectorize_texts(parts: Sequence[list[Row]]) -> tuple[list[Any], dict[str, t
 
 def _vectorize_words(parts: Sequence[list[Row]]) -> tuple[list[Any], dict[str, torch.Tensor]]:
     """Return for every word its spelling, its ends, its shape, and the words beside it."""
+    from sklearn.feature_extraction import DictVectorizer
+
     vectorizer = DictVectorizer()
     described = [[word for row in rows for word in _describe_words(row.content)] for rows in parts]
     vectorizer.fit(described[0])

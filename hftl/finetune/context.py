@@ -38,8 +38,8 @@ from hftl.data.text_inputs import (
 from hftl.errors import RecipeError
 from hftl.finetune.trainable import apply_strategy
 from hftl.models.architectures import (
+    build_position_arguments,
     count_shared_layers,
-    get_config_spec,
     get_encoder_config,
     get_max_tokens,
     get_native_image_size,
@@ -481,10 +481,3 @@ def _check_native_size(source: SourceModel, side: int) -> None:
             f"got {side}",
             "Leave data.image_size out, or choose another source",
         )
-
-
-def build_position_arguments(config: Any, side: int) -> dict[str, bool]:
-    """Return the arguments of forward for images of another size than in pre-training."""
-    if get_config_spec(config).image_sizes != "argument" or side == get_native_image_size(config):
-        return {}
-    return {"interpolate_pos_encoding": True}

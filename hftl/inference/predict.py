@@ -30,7 +30,6 @@ from hftl.data.rows import Levels, Row, has_invalid_utf8, normalize_newlines
 from hftl.data.text_inputs import EncodedRow, TextInputs, WordInputs
 from hftl.doctor.file_checks import NUMBERED_LABEL
 from hftl.errors import DataError, RecipeError, format_error_line
-from hftl.finetune.context import build_position_arguments
 from hftl.inference.find_model import (
     check_trained_head,
     find_base_folder,
@@ -54,7 +53,12 @@ from hftl.inference.published_scores import (
 )
 from hftl.measure.facts import LabelCurve
 from hftl.measure.label_calibration import compute_probabilities
-from hftl.models.architectures import get_config_spec, get_max_tokens, get_patch_size
+from hftl.models.architectures import (
+    build_position_arguments,
+    get_config_spec,
+    get_max_tokens,
+    get_patch_size,
+)
 from hftl.models.encoders import hide_padding
 from hftl.models.features import predict_logits
 from hftl.models.model_parts import unwrap_adapter

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
 from hftl.measure.facts import CalibrationScores, CalibrationSection, ScoreEstimate
@@ -25,6 +24,7 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float | None:
         logits: (rows, classes) of validation.
         labels: (rows,) class ids.
     """
+    from scipy.optimize import minimize_scalar
 
     def loss(log_temperature: float) -> float:
         log_probabilities = log_softmax(logits / np.exp(log_temperature), axis=1)

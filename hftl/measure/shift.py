@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import minimize
 
 DRAWS = 200
 """Bootstrap draws of an interval."""
@@ -60,6 +59,8 @@ def estimate_rlls(
         strength: of the penalty; d falls as 1 / sqrt(rows).
         confidence: of the bound that d comes from.
     """
+    from scipy.optimize import minimize
+
     rows, classes = confusion.sum(), len(confusion)
     joint = confusion.T / rows
     gap = predicted / predicted.sum() - joint.sum(1)

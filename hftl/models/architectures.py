@@ -107,3 +107,10 @@ def _get_square_side(size: Any) -> int:
             "Use a source model of square images",
         )
     return sides.pop()
+
+
+def build_position_arguments(config: Any, side: int) -> dict[str, bool]:
+    """Return the arguments of forward for images of another size than in pre-training."""
+    if get_config_spec(config).image_sizes != "argument" or side == get_native_image_size(config):
+        return {}
+    return {"interpolate_pos_encoding": True}

@@ -24,8 +24,9 @@ from hftl.pipeline.pipeline import reopen_run
 from hftl.pipeline.run import ArmContexts, Run
 from hftl.pipeline.schedule import Task
 from hftl.runtime.claims import ClaimState, hold_claim, read_claim
+from hftl.runtime.imports import freeze_imports
 from hftl.runtime.run_folder import DEAL_FOLDER
-from hftl.runtime.workers import follow_parent, freeze_imports
+from hftl.runtime.workers import follow_parent
 from hftl.train.facts import ArmFile
 
 POLL_SECONDS = 0.2

@@ -18,8 +18,7 @@ from hftl.finetune.trainable import apply_strategy, count_frozen_blocks
 from hftl.finetune.zero_shot import count_hypotheses
 from hftl.models.architecture_spec import TOKEN_CLASSIFICATION
 from hftl.models.encoders import count_blocks
-from hftl.models.features import BATCH_TOKENS, batch_by_length
-from hftl.models.packing import pack_predictions
+from hftl.models.features import BATCH_TOKENS, batch_by_length, run_fast
 from hftl.pipeline import weight_grid
 from hftl.pipeline.schedule import ArmCost
 from hftl.pipeline.weight_grid import list_selection_rows
@@ -30,6 +29,8 @@ from hftl.train.optimizer import compute_depths
 
 TIMED_ROWS = 32
 """Rows that a pass is timed on, at most."""
+TIMED_TOKENS = 1024
+"""Tokens of them, at most, on a CPU, which is as busy with few as with many."""
 SEARCHED = 1 / 3
 TRAINER_BATCH = 8
 """Of TrainingArguments, where the recipe says nothing."""
@@ -174,7 +175,10 @@ def measure_costs(
 
 @dataclass(frozen=True)
 class _TimedModels:
-    """Hold the model of predictions and evaluations, and those of the arms' steps by their name."""
+    """Hold the model of predictions and evaluations, and those of the arms' steps by their name.
+
+    The first is that of the first arm's steps, where one trains.
+    """
 
     plain: nn.Module
     steps: Mapping[str, nn.Module]
@@ -183,11 +187,11 @@ class _TimedModels:
 def _build_models(context: ExperimentContext, arms: Sequence[Arm]) -> _TimedModels:
     """Build what is timed, on the device; gradual unfreezing with half the blocks to train."""
     trained = {arm.name: arm for arm in arms if not arm.spec.is_solved}
-    first = next(iter(trained.values()), arms[0])
-    plain = context.build_model(first.finetune.pooling, 0).model
-    steps = {name: _build_trained_model(context, arm) for name, arm in trained.items()}
     device = context.device
-    return _TimedModels(plain.to(device), {name: m.to(device) for name, m in steps.items()})
+    steps = {name: _build_trained_model(context, arm).to(device) for name, arm in trained.items()}
+    if steps:
+        return _TimedModels(next(iter(steps.values())), steps)
+    return _TimedModels(context.build_model(arms[0].finetune.pooling, 0).model.to(device), steps)
 
 
 def _build_trained_model(context: ExperimentContext, arm: Arm) -> nn.Module:
@@ -289,15 +293,18 @@ def _is_cached(context: ExperimentContext, retain: Retain) -> bool:
 
 
 def _time_row_prediction(context: ExperimentContext, model: nn.Module) -> PassTime:
-    """Time a forward pass in fp32 over rows of like length, packed, for each row."""
+    """Time a forward pass in fp32 over rows of like length, as predictions run, for each row."""
     test = context.prepared.rows["test"]
     rows = test[:: -(-len(test) // TIMED_ROWS)]
     encoded = context.encode_rows(rows)
+    if context.device == "cpu":
+        tokens = sum(map(context.inputs.length, encoded))
+        encoded = encoded[:: -(-tokens // TIMED_TOKENS)]
     lengths = [context.inputs.length(row) for row in encoded]
     passes: list[PassTime] = []
-    with pack_predictions(model):
+    with run_fast(model):
         for numbers in batch_by_length(lengths, BATCH_TOKENS):
             batch = context.inputs.collate([dict(encoded[i]) for i in numbers])
             passes.append(time_forward(model, batch, None, context.device))
     total = PassTime(sum(one.worked for one in passes), sum(one.elapsed for one in passes))
-    return _divide_time(total, len(rows))
+    return _divide_time(total, len(encoded))

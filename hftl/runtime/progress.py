@@ -5,6 +5,7 @@ without a display these do nothing.
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -32,14 +33,18 @@ _display: ContextVar[Progress | None] = ContextVar("display", default=None)
 
 def silence_libraries() -> None:
     """Keep the libraries' own progress bars and notices off the terminal."""
-    import datasets
     import huggingface_hub
     import transformers
 
     huggingface_hub.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    # datasets reads it when it is imported, which predictions never need.
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    if "datasets" in sys.modules:
+        import datasets
+
+        datasets.disable_progress_bars()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 

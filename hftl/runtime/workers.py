@@ -4,7 +4,6 @@ A worker has none of a launcher's variables in its environment, so that all in i
 one process. Its standard input is a pipe that nobody writes to: at its end the parent is gone.
 """
 
-import gc
 import os
 import signal
 import subprocess
@@ -24,16 +23,6 @@ LAUNCHER_PREFIXES = ("TORCHELASTIC_", "ACCELERATE_", "FSDP_", "PMI_", "OMPI_COMM
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 GRACE_SECONDS = 25.0
 """Seconds in which a process that was asked to end can do so, after a checkpoint if it trains."""
-
-
-def freeze_imports() -> None:
-    """Leave what the imports made out of garbage collections; once, in a process of hftl's own.
-
-    accelerate collects at the end of every training, and would walk through all objects of torch
-    and transformers: 0.3 s each time.
-    """
-    if gc.get_freeze_count() == 0:
-        gc.freeze()
 
 
 def build_environment(
@@ -73,7 +62,11 @@ def start_workers(
         outputs: the file that each process prints to.
     """
     # The same modules are found as here, however this process found them.
-    code = f"import sys; sys.path[:] = {sys.path!r}; from {module} import main; main()"
+    code = (
+        f"import sys; sys.path[:] = {sys.path!r}; "
+        "from hftl.runtime.imports import pause_collections; pause_collections(); "
+        f"from {module} import main; main()"
+    )
     workers: list[subprocess.Popen[bytes]] = []
     try:
         for words, environment, output in zip(arguments, environments, outputs, strict=True):

@@ -19,9 +19,9 @@ from hftl.runtime.hardware import choose_precision
 from hftl.runtime.progress import BarUpdate, open_bar
 from hftl.train.checkpoint import list_training_modes
 
-TIMED_CALLS = 2, 7
+TIMED_CALLS = 1, 5
 """Calls that are timed at least and, where they are quick, at most, after one that is not."""
-TIMED_SECONDS = 0.3
+TIMED_SECONDS = 0.1
 """Seconds after which no further call is timed."""
 
 
