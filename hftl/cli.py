@@ -21,6 +21,7 @@ from hftl.cli_options import Output, Overrides, RecipePath, Restart, RunFolder
 from hftl.cli_output import is_interactive, run_quietly, say, show_warning
 from hftl.config.recipe import Recipe
 from hftl.errors import HftlError
+from hftl.publish.reload_process import prepare_reload
 from hftl.runtime import distributed
 from hftl.runtime.imports import freeze_imports, pause_collections
 from hftl.runtime.run_folder import to_json
@@ -298,13 +299,17 @@ def _run_until(
     folder = output or loaded.default_output()
     cli_errors.CURRENT_COMMAND.run = folder
     cli_errors.CURRENT_COMMAND.resume_command = shlex.join(["hftl", *sys.argv[1:]])
-    from hftl.pipeline import pipeline
+    packages = until in ("measure", "publish") and bool(loaded.arms) and distributed.is_main()
+    is_packaged = (folder / "phases" / "package").exists() and not restart
+    # It imports its libraries while this process imports the same, which is work for one core.
+    with prepare_reload(packages and not is_packaged) as waiting:
+        from hftl.pipeline import pipeline
 
-    freeze_imports()
-    pipeline.run(
-        loaded, folder, until=until, restart=restart, say=say, progress=is_interactive(),
-        report_hang=cli_errors.report_hang,
-    )  # fmt: skip
+        freeze_imports()
+        pipeline.run(
+            loaded, folder, until=until, restart=restart, say=say, progress=is_interactive(),
+            report_hang=cli_errors.report_hang, waiting=waiting,
+        )  # fmt: skip
 
 
 def main() -> NoReturn:

@@ -38,7 +38,7 @@ from support.tiny import save_tiny
 from hftl import cli
 from hftl.measure.record import Record
 from hftl.pipeline import pipeline
-from hftl.publish import checks
+from hftl.publish import reload_process
 from hftl.train import step_checkpoint
 
 assert pipeline.run, "forks must not import what runs need"
@@ -120,7 +120,8 @@ def reload_in_fork(command: list[str], **_: Any) -> Any:
 
 def run_command(recipe: Path, folder: Path, prepare: Callable[[], None]) -> None:
     """Run the command line, and end this process as it ends."""
-    checks.subprocess = SimpleNamespace(run=reload_in_fork)  # pyright: ignore
+    reload_process.subprocess = SimpleNamespace(run=reload_in_fork)  # pyright: ignore
+    reload_process.WaitingReload = lambda: None  # pyright: ignore
     step_checkpoint.MIN_SECONDS, step_checkpoint.COST_SHARE = 0.0, 0.3
     prepare()
     sys.argv = ["hftl", "run", str(recipe), "--output", str(folder)]

@@ -133,7 +133,7 @@ def _signals() -> Iterator[None]:
 @pytest.fixture
 def own_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reload as users do, in a process started for it alone."""
-    monkeypatch.setattr("hftl.publish.checks.subprocess", subprocess)
+    monkeypatch.setattr("hftl.publish.reload_process.subprocess", subprocess)
 
 
 @pytest.fixture

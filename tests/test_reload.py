@@ -18,9 +18,10 @@ from hftl.card.snippets import ModelFolder, render_plain_snippet
 from hftl.finetune.arm import train_arm
 from hftl.models import lora
 from hftl.models.features import predict_logits
-from hftl.publish import checks
+from hftl.publish import checks, reload_process
 from hftl.publish.checks import measure_reload_difference
 from hftl.publish.export import rebuild_model
+from hftl.publish.reload_process import WaitingReload
 
 pytestmark = pytest.mark.usefixtures("fast_reload")
 
@@ -117,10 +118,31 @@ def test_every_architecture_reloads_to_the_same_logits(
     ],
     ids=lambda case: "-".join(map(str, case)),
 )  # fmt: skip
-def test_reload_check_starts_its_own_process(
+def test_reload_check_runs_in_its_own_process(
     case: Case, tiny_model: Tiny, tmp_path: Path, own_process: None
 ) -> None:
-    assert measure_reload_difference(*publish_case(case, tiny_model, tmp_path), "cpu") <= 1e-5
+    waiting = WaitingReload()
+    try:
+        jobs = publish_case(case, tiny_model, tmp_path)
+        assert waiting.is_waiting
+        assert measure_reload_difference(*jobs, "cpu", waiting) <= 1e-5
+        assert not waiting.is_waiting
+    finally:
+        waiting.close()
+
+
+def test_another_process_checks_in_place_of_one_that_was_killed(
+    tiny_model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast = reload_process.subprocess
+    monkeypatch.setattr(reload_process, "subprocess", subprocess)
+    waiting = WaitingReload()
+    waiting.close()
+    assert not waiting.is_waiting
+    monkeypatch.setattr(reload_process, "subprocess", fast)
+    case = ("bert", False, "classification", "mean", "head")
+    jobs = publish_case(case, tiny_model, tmp_path)
+    assert measure_reload_difference(*jobs, "cpu", waiting) <= 1e-5
 
 
 def test_untrained_pooler_that_is_not_saved_is_noticed(

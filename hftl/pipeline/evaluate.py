@@ -235,8 +235,9 @@ def package_model(run: Run, context: ExperimentContext, arm: Arm, seed: int) -> 
             sample = write_reload_sample(context, logits, aside)
             with show_activity("reloading in a fresh process"):
                 difference = measure_reload_difference(
-                    aside / "model", context.public_base.folder, sample, context.device
-                )
+                    aside / "model", context.public_base.folder, sample, context.device,
+                    run.waiting,
+                )  # fmt: skip
             run_folder.write_text(aside / "reload.json", to_json({"difference": difference}))
     return json.loads((folder / "reload.json").read_text("utf-8"))["difference"]
 

@@ -41,6 +41,7 @@ from hftl.pipeline.retention import (
 )
 from hftl.pipeline.run import ArmContexts, Run
 from hftl.pipeline.slices import check_slices
+from hftl.publish.reload_process import WaitingReload
 from hftl.runtime import distributed, run_folder
 from hftl.runtime.hardware import get_device
 from hftl.runtime.progress import show_activity, show_progress, silence_libraries
@@ -60,6 +61,7 @@ def run(
     say: Callable[[str], None] = lambda line: None,
     progress: bool = False,
     report_hang: Callable[[HungProcessError], object] = print,
+    waiting: WaitingReload | None = None,
 ) -> Record | None:
     """Run a recipe, or what is missing of it.
 
@@ -71,6 +73,7 @@ def run(
         say: receives each line of progress.
         progress: whether to draw progress bars.
         report_hang: receives the error before all end where a process of several hangs.
+        waiting: a process that waits to check the reload, where one was prepared.
 
     Returns:
         The record, from the phase `measure` on.
@@ -88,7 +91,7 @@ def run(
         output = recipe.default_output()
     folder = Path(output)
     silence_libraries()
-    started = Run(recipe, folder, say if distributed.is_main() else _discard_line)
+    started = Run(recipe, folder, say if distributed.is_main() else _discard_line, waiting)
     with ExitStack() as stack:
         stack.enter_context(show_progress(progress))
         distributed.broadcast_from_main(lambda: _open_run_folder(folder, stack))

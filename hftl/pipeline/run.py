@@ -9,6 +9,7 @@ from hftl.adapt.guard import AdaptationFacts
 from hftl.analysis.facts import AnalysisSection
 from hftl.config.recipe import Arm, Recipe
 from hftl.finetune.context import ExperimentContext
+from hftl.publish.reload_process import WaitingReload
 from hftl.runtime.run_folder import read_part
 from hftl.train.facts import ScratchSearch
 
@@ -18,11 +19,15 @@ ArmContexts = dict[str, ExperimentContext]
 
 @dataclass(frozen=True)
 class Run:
-    """Hold one run in progress: the recipe, its folder, and the function that reports progress."""
+    """Hold one run in progress: the recipe, its folder, and the function that reports progress.
+
+    `waiting` is a process that waits to check the reload, where one was prepared.
+    """
 
     recipe: Recipe
     folder: Path
     say: Callable[[str], None]
+    waiting: WaitingReload | None = None
 
     @property
     def arms(self) -> list[Arm]:

@@ -5,10 +5,7 @@ A check of one file is a function that returns the problem and what to do about 
 """
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
@@ -23,6 +20,7 @@ from hftl.measure.record import Record, SourceFacts
 from hftl.measure.verdict import RELOAD_TOLERANCE
 from hftl.models.source import hash_checkpoint
 from hftl.publish.http_retry import HubResponseError, wrap_hub_errors
+from hftl.publish.reload_process import WaitingReload, run_reload_check
 from hftl.publish.sanitize import find_leak
 from hftl.runtime import paths, run_folder
 
@@ -52,25 +50,24 @@ def is_publishable(name: str) -> bool:
     )
 
 
-def measure_reload_difference(folder: Path, base: Path, sample: Path, device: str) -> float:
+def measure_reload_difference(
+    folder: Path, base: Path, sample: Path, device: str, waiting: WaitingReload | None = None
+) -> float:
     """Return the largest difference of logits after a fresh process loads the folder without hftl.
 
     It is relative to the largest logit where that is above 1, as fp32 cannot promise more.
 
+    Args:
+        folder: the published one.
+        base: the folder of an adapter's base.
+        sample: the file that `write_reload_sample` wrote.
+        device: where the model runs.
+        waiting: the fresh process, where one was prepared.
+
     Raises:
         HftlError: if the fresh process fails; that is a bug.
     """
-    script = Path(__file__).with_name("reload_check.py")
-    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "PYTHONPATH"):
-        environment.pop(name, None)
-    process = subprocess.run(
-        [sys.executable, "-P", str(script), str(folder), str(base), str(sample), device],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
+    process = run_reload_check([str(folder), str(base), str(sample), device], waiting)
     if process.returncode != 0:
         raise HftlError(
             f"the publish folder does not load in a fresh process: {process.stderr.strip()[-800:]}",

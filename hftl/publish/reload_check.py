@@ -5,6 +5,7 @@ hftl, and compares:
 
     python reload_check.py FOLDER BASE SAMPLE DEVICE  ->  {"difference": ..., "largest": ...}
 
+Without arguments it waits for them, a JSON list on a line of its standard input.
 BASE is the folder of an adapter's base (unused where FOLDER holds the whole model); SAMPLE is a
 JSON file with `texts`, `words` or `images` (files beside it; with `prompts` for a vision-language
 model), and the `logits` expected for them.
@@ -310,5 +311,7 @@ def main(folder: Path, base: Path, sample: Path, device: str) -> None:
 
 
 if __name__ == "__main__":
-    _, folder_, base_, sample_, device_ = sys.argv
-    main(Path(folder_), Path(base_), Path(sample_), device_)
+    # Nothing comes from a process that has ended without a folder to check.
+    arguments = sys.argv[1:] or json.loads(sys.stdin.readline() or "[]")
+    if arguments:
+        main(*map(Path, arguments[:3]), arguments[3])

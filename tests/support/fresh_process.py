@@ -70,15 +70,16 @@ class FreshProcess:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Let the check of publishing reload folders by `run`."""
-        from hftl.publish import checks
+        """Let the check of publishing reload folders by `run`, in no process that waits for it."""
+        from hftl.publish import reload_process
 
-        before = checks.subprocess
-        checks.subprocess = SimpleNamespace(run=self.run)  # pyright: ignore
+        before = reload_process.subprocess, reload_process.WaitingReload
+        reload_process.subprocess = SimpleNamespace(run=self.run)  # pyright: ignore
+        reload_process.WaitingReload = lambda: None  # pyright: ignore
         try:
             yield
         finally:
-            checks.subprocess = before
+            reload_process.subprocess, reload_process.WaitingReload = before  # pyright: ignore
 
 
 def child(folder: str, environment: dict[str, str] | None, words: list[str]) -> int:
