@@ -25,6 +25,7 @@ from hftl.pipeline.estimate import (
     estimate_seconds,
     measure_costs,
 )
+from hftl.pipeline.header import build_header
 from hftl.pipeline.pipeline import check_recipe, run
 from hftl.train.callbacks import PassTime, _measure_seconds
 
@@ -93,6 +94,17 @@ def test_every_seed_is_counted_before_a_run(
     tree["measure"]["seeds"] = [0, 1, 2]
     facts, _ = check_recipe(Recipe.parse(tree))
     assert counts == [3] and facts["arms"].endswith("3 to run")
+
+
+def test_a_command_that_measures_nothing_takes_no_time_for_it(
+    tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs, recipe = RowCosts(1.0, 1.0, {}), Recipe.parse(tree)
+    monkeypatch.setattr("hftl.pipeline.header.measure_costs", lambda *_: costs)
+    seconds = 60.0 + FINISH_SECONDS
+    monkeypatch.setattr("hftl.pipeline.header.estimate_placed_seconds", lambda *_: seconds)
+    header = build_header(recipe, bench_of(recipe), [(recipe.arms[0], 0)], measures=False)
+    assert header["time"] == "about 60 s"
 
 
 @pytest.mark.parametrize(("slowdown", "shown"), [(1.2, "about 10 min"), (3.0, "about 10 min (the")])

@@ -7,7 +7,7 @@ from hftl.config.recipe import Arm, Recipe
 from hftl.data.facts import PreparedFacts
 from hftl.finetune.context import ExperimentContext
 from hftl.pipeline.cache_keys import build_arm_inputs
-from hftl.pipeline.estimate import measure_costs
+from hftl.pipeline.estimate import FINISH_SECONDS, measure_costs
 from hftl.pipeline.placement import choose_placement, estimate_placed_seconds
 from hftl.pipeline.run import Run
 from hftl.runtime import distributed, run_folder
@@ -17,8 +17,14 @@ BUSY_SLOWDOWN = 1.5
 """How much longer passes take where other programs use the cores."""
 
 
-def announce_run(run: Run, context: ExperimentContext) -> None:
-    """Report the header and the preflight's warnings, where anything is left to run."""
+def announce_run(run: Run, context: ExperimentContext, measures: bool) -> None:
+    """Report the header and the preflight's warnings, where anything is left to run.
+
+    Args:
+        run: the run.
+        context: its source and rows.
+        measures: whether the command measures the arms that it trains.
+    """
     missing = [
         (arm, seed)
         for arm in run.arms
@@ -31,20 +37,22 @@ def announce_run(run: Run, context: ExperimentContext) -> None:
         run.say(console.format_header(build_adaptation_header(run.recipe, context)))
     if not missing:
         return
-    run.say(console.format_header(build_header(run.recipe, context, missing)))
+    run.say(console.format_header(build_header(run.recipe, context, missing, measures)))
     for warning in context.run_preflight(run.recipe, run.arms).warnings:
         run.say(f"  warning: {warning}")
 
 
 def build_header(
-    recipe: Recipe, context: ExperimentContext, jobs: Sequence[tuple[Arm, int]]
-) -> dict[str, str]:
+    recipe: Recipe, context: ExperimentContext, jobs: Sequence[tuple[Arm, int]],
+    measures: bool = True,
+) -> dict[str, str]:  # fmt: skip
     """Return what a run is about to do, by name: source, device, rows, labels, arms and time.
 
     Args:
         recipe: of the run.
         context: its source and rows.
         jobs: the arms with their seeds that are to run.
+        measures: whether they are measured then.
     """
     facts = context.prepared.facts
     splits = facts.splits
@@ -59,6 +67,7 @@ def build_header(
     placement = choose_placement(context, recipe)
     costs = measure_costs(context, arms, placement.threads)
     seconds = estimate_placed_seconds(context, jobs, recipe, costs, placement)
+    seconds -= 0.0 if measures else FINISH_SECONDS
     return {
         "source": f"{recipe.source.model} ({context.source.architecture})",
         "device": _describe_device(context.device, get_dtype_name(recipe.finetune.training)),

@@ -117,8 +117,9 @@ def _run_phases(run: Run, until: str, restart: bool) -> Record | None:
     distributed.broadcast_from_main(
         lambda: run_folder.write_text(folder / "recipe.yaml", _dump_recipe(recipe))
     )
-    distributed.broadcast_from_main(lambda: announce_run(run, context))
-    if until in ("measure", "publish"):
+    measures = until in ("measure", "publish")
+    distributed.broadcast_from_main(lambda: announce_run(run, context, measures))
+    if measures:
         distributed.broadcast_from_main(lambda: make_analyses(run, context))
     arm_contexts, steps = run_adaptations(run, context)
     if until == "adapt":
