@@ -7,12 +7,11 @@ the function, so that help and a misspelt key are answered before torch is impor
 import io
 import os
 import shlex
-import signal
 import sys
 import warnings
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -22,7 +21,7 @@ from hftl.cli_output import is_interactive, run_quietly, say, show_warning
 from hftl.config.recipe import Recipe
 from hftl.errors import HftlError
 from hftl.publish.reload_process import prepare_reload
-from hftl.runtime import distributed
+from hftl.runtime import distributed, interruption
 from hftl.runtime.imports import freeze_imports, pause_collections
 from hftl.runtime.run_folder import to_json
 
@@ -322,18 +321,18 @@ def main() -> NoReturn:
         # A name that the terminal has no letters for is no reason to fail after the work.
         sys.stdout.reconfigure(errors="backslashreplace")
     warnings.showwarning = show_warning
-    signal.signal(signal.SIGTERM, _exit_on_signal)
+    interruption.exit_on_notices()
     pause_collections()
     try:
         code = app(standalone_mode=False) or 0
     except HftlError as error:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        interruption.ignore_notices()
         code = cli_errors.report_failure(error.exit_code, error, str(error), debug)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
     except Exception as error:  # noqa: BLE001 (the top of the program)
         # A launcher ends the other processes now, and must not cut the report of the cause short.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        interruption.ignore_notices()
         code = cli_errors.report_unexpected_error(error, debug)
     if code in cli_errors.SIGNAL_EXIT_CODES:
         code = cli_errors.report_interruption(code)
@@ -342,11 +341,6 @@ def main() -> NoReturn:
         distributed.close_process_group()
     freeze_imports()
     sys.exit(code)
-
-
-def _exit_on_signal(number: int, frame: Any) -> NoReturn:
-    """Turn a signal into an exit, so that files and locks are released on the way."""
-    raise SystemExit(128 + number)
 
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

@@ -329,7 +329,8 @@ def send(number: int, step: int) -> Any:
 @pytest.mark.parametrize(
     ("number", "step", "end"),
     [
-        (signal.SIGTERM, 4, SystemExit), (signal.SIGINT, 5, KeyboardInterrupt),
+        (signal.SIGUSR1, 4, SystemExit), (signal.SIGINT, 5, KeyboardInterrupt),
+        pytest.param(signal.SIGTERM, 4, SystemExit, marks=pytest.mark.slow),
         # After the last step there is nothing to write, and no next phase.
         pytest.param(signal.SIGTERM, 10, SystemExit, marks=pytest.mark.slow),
     ],
@@ -373,6 +374,26 @@ def test_second_interrupt_and_the_end_of_the_grace_end_at_once(
         signal.pause()
     assert ended.value.code == 143
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_handler_of_a_notice_that_is_a_program_s_own_stays() -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    came: list[int] = []
+    try:
+        signal.signal(signal.SIGUSR1, lambda number, _: came.append(number))
+        with defer_signals() as flag:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert (flag.number, came) == (0, [signal.SIGUSR1])
+        interruption.exit_on_notices()
+        with defer_signals() as flag:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert flag.number == signal.SIGTERM
+        with pytest.raises(SystemExit) as ended:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            signal.pause()
+        assert ended.value.code == 143
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_another_thread_gets_no_signals() -> None:

@@ -1,6 +1,7 @@
 """Put signals off while a training takes steps, so that it can write a checkpoint first.
 
-SIGTERM is what schedulers send before they take a machine away; Ctrl-C sends SIGINT.
+SIGTERM is what schedulers send before they take a machine away, or SIGUSR1 as a notice of it, which
+counts as SIGTERM; Ctrl-C sends SIGINT.
 """
 
 import signal
@@ -13,6 +14,27 @@ from typing import NoReturn
 GRACE_SECONDS = 20.0
 """Seconds in which a training that was asked to end can finish its step and write a checkpoint;
 launchers and schedulers kill after 30."""
+
+
+NOTICES = (signal.SIGTERM, signal.SIGUSR1)
+"""Signals of a machine that will be taken away."""
+
+
+def exit_on_notices() -> None:
+    """Let this program end by a notice as by an exit, which releases files and locks on the way."""
+    for number in NOTICES:
+        signal.signal(number, _exit_on_signal)
+
+
+def ignore_notices() -> None:
+    """Let this program, which ends by itself now, end undisturbed."""
+    for number in NOTICES:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _exit_on_signal(number: int, frame: FrameType | None) -> NoReturn:
+    del number, frame
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 class SignalFlag:
@@ -28,7 +50,7 @@ class SignalFlag:
         if self.number and number == signal.SIGINT:
             raise_interruption(number)
         if not self.number:
-            self.number = number
+            self.number = signal.SIGTERM if number in NOTICES else number
             signal.setitimer(signal.ITIMER_REAL, GRACE_SECONDS)
 
     def expire(self, number: int, frame: FrameType | None) -> None:
@@ -39,9 +61,10 @@ class SignalFlag:
 
 @contextmanager
 def defer_signals() -> Iterator[SignalFlag]:
-    """Yield a flag that takes SIGTERM and SIGINT while the block runs, which then must end itself.
+    """Yield a flag that takes notices and SIGINT while the block runs, which then must end itself.
 
-    Signals reach the main thread alone: in another one the flag stays 0.
+    Signals reach the main thread alone: in another one the flag stays 0. A handler of SIGUSR1 that
+    is a program's own stays.
     """
     flag = SignalFlag()
     if threading.current_thread() is not threading.main_thread():
@@ -52,6 +75,8 @@ def defer_signals() -> Iterator[SignalFlag]:
         # A worker ignores Ctrl-C, which its parent answers.
         if signal.getsignal(number) is not signal.SIG_IGN:
             handlers[number] = flag.receive
+    if signal.getsignal(signal.SIGUSR1) in (signal.SIG_DFL, _exit_on_signal):
+        handlers[signal.SIGUSR1] = flag.receive
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield flag

@@ -13,7 +13,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+
+from hftl.runtime.interruption import exit_on_notices
 
 LAUNCHER_VARIABLES = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK",
@@ -105,7 +106,7 @@ def follow_parent() -> None:
     """End this worker when its parent does, however that ended; call it first in a worker."""
     # A terminal sends Ctrl-C to all of its processes, and the parent alone answers it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _exit_on_signal)
+    exit_on_notices()
     threading.Thread(target=_wait_for_parent, daemon=True).start()
 
 
@@ -116,8 +117,3 @@ def _wait_for_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(GRACE_SECONDS)
     os._exit(128 + signal.SIGTERM)
-
-
-def _exit_on_signal(number: int, frame: object) -> NoReturn:
-    """Turn a signal into an exit, so that files and locks are released on the way."""
-    raise SystemExit(128 + number)
