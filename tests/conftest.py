@@ -21,6 +21,8 @@ import yaml
 from support.fresh_process import FreshProcess, start_server
 from support.tiny import BAD, FILLER, GOOD, SPECIAL, save_tiny, tiny_config, tiny_tokenizer
 
+from hftl.runtime.interruption import NOTICES
+
 __all__ = ["BAD", "FILLER", "GOOD", "SPECIAL", "tiny_config", "tiny_tokenizer"]
 
 
@@ -50,13 +52,13 @@ RELOAD_SERVER = "HFTL_TEST_RELOAD_SERVER"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Load the fixtures of publishing and of the doctor.
+    """Load the fixtures of commands, of publishing and of the doctor.
 
     The parent of pytest-xdist's workers runs no tests: there the imports of torch would only delay
     the start of its workers. It starts the server of reloads for all of them.
     """
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
-        for name in ("support.publishing", "support.examination"):
+        for name in ("support.command", "support.publishing", "support.examination"):
             config.pluginmanager.import_plugin(name)
     else:
         server = ExitStack()
@@ -124,10 +126,11 @@ def fewer_folds() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _signals() -> Iterator[None]:
-    """Restore the handler of SIGTERM, which the command line ignores at its end."""
-    before = signal.getsignal(signal.SIGTERM)
+    """Restore the handlers of notices, which the command line ignores at its end."""
+    before = {number: signal.getsignal(number) for number in NOTICES}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -6,16 +6,16 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from conftest import sentences
+from support.command import Hftl, Outcome
 from test_predict_table import Fake
 
-from hftl import __version__, cli, cli_errors
+from hftl import __version__
 from hftl.inference import predict_table
 from hftl.runtime import run_folder
 
@@ -24,44 +24,6 @@ pytestmark = pytest.mark.usefixtures("fast_reload")
 HEADER = ["text", "label"]
 TOKEN = "hf_" + "abcdefghij" * 3
 ROWS = sentences(60)
-
-
-class Outcome:
-    """Hold a command's exit code and what it printed."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-    def assert_error(self, code: int, *words: str) -> None:
-        lines = self.err.splitlines()
-        assert self.code == code, self.err
-        assert len(lines) == 1, self.err
-        assert lines[0].startswith("hftl: error: ")
-        assert "Traceback" not in self.out + self.err
-        for word in words:
-            assert word in lines[0]
-
-
-Hftl = Callable[..., Outcome]
-
-
-@pytest.fixture
-def hftl(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Hftl:
-    """Return a function that runs `hftl WORDS` in this process, as from an empty folder."""
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-
-    def call(*words: Any) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["hftl", *map(str, words)])
-        monkeypatch.setattr(cli_errors, "CURRENT_COMMAND", cli_errors.CurrentCommand())
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        return Outcome(int(str(stop.value.code)), *capsys.readouterr())
-
-    return call
 
 
 @pytest.fixture

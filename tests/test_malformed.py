@@ -1,12 +1,13 @@
-"""Give hftl inputs that are not what they should be: each ends in one line with the right code.
+"""Give commands inputs that are not what they should be: each ends in one line and the right code.
 
-A case is a name, what the line must contain, and how to make the input and read it. Nothing trains,
-so that all of them are read in seconds; `test_cli_errors.py` runs samples through the command line.
+A case is a name, what the line must contain, and how to make the input. Commands run in this
+process, and nothing trains, so that all of them end in seconds.
 """
 
 import copy
 import io
 import json
+import re
 import shutil
 import struct
 import zlib
@@ -19,47 +20,36 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import sentences
+from conftest import pictures, sentences
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from support.command import Hftl, Outcome
 from support.planted_defects import reconfigure, rewrite
 from support.records import add_forgetting, make_record
 
-import hftl
-from hftl.config.recipe import Recipe
-from hftl.config.section import Source
-from hftl.data.load import load_images, read_documents
-from hftl.data.prepare import prepare_data
-from hftl.data.rows import BadRows, InputSpec
-from hftl.errors import DataError, HftlError, RecipeError, RunFolderError
-from hftl.measure.record import Record
-from hftl.models.source import (
-    find_source,
-    hash_source_weights,
-    load_image_processor,
-    load_tokenizer,
-)
 from hftl.runtime.run_folder import to_json
 
 MAX_LINE = 500
 """Characters of a line, at most; the longest lists the architectures that hftl knows."""
 ROWS = sentences(12)
-Call = Callable[[], Any]
+FAILURE_FILES = {".lock", "error.json", "log.txt", "recipe.yaml", "phases"}
+"""What a run leaves that fails before it trains, at most."""
 
 
-def assert_refused(kind: type[HftlError], words: str, call: Call, folder: Path) -> None:
-    """Check an error's kind, line and words, and that nothing was written."""
-    before = sorted(folder.rglob("*"))
-    with pytest.raises(HftlError) as caught:
-        call()
-    error = caught.value
-    assert type(error) is kind, repr(error)
-    line = str(error)
-    assert "\n" not in line.strip() and error.fix, line
-    assert len(line) - len(str(folder)) * line.count(str(folder)) <= MAX_LINE, line
+def assert_refused(outcome: Outcome, code: int, words: str, output: Path | None = None) -> None:
+    """Check the code, the one line with the words and a fix, and that nothing is half written."""
+    *warned, line = outcome.err.splitlines()
+    assert outcome.code == code, outcome.err
+    assert all(line.startswith("  warning: ") for line in warned), outcome.err
+    assert line.startswith("hftl: error: ") and "Traceback" not in outcome.out
+    assert re.search(r"[.?] [A-Z`]", line), f"no fix: {line}"
+    shown = re.sub(r"/\S+/", "", line)
+    assert len(shown) <= MAX_LINE, line
     for word in words.split("|"):
         assert word in line, line
-    assert sorted(folder.rglob("*")) == before
+    if output is not None and output.exists():
+        assert {path.name for path in output.iterdir()} <= FAILURE_FILES
+        assert all((path / "MANIFEST.json").exists() for path in output.glob("phases/*"))
 
 
 # Recipes, as YAML text.
@@ -148,11 +138,11 @@ RECIPES: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("case", RECIPES)
-def test_recipe(case: str, tmp_path: Path) -> None:
+def test_recipe(case: str, hftl: Hftl, tmp_path: Path) -> None:
     text, words = RECIPES[case]
-    path = tmp_path / "r.yaml"
-    path.write_text(text, encoding="utf-8")
-    assert_refused(RecipeError, words, lambda: Recipe.load(path), tmp_path)
+    (tmp_path / "r.yaml").write_text(text, encoding="utf-8")
+    assert_refused(hftl("run", tmp_path / "r.yaml"), 2, words)
+    assert not list(Path().iterdir())
 
 
 RECIPE_BYTES: dict[str, tuple[bytes, str]] = {
@@ -169,11 +159,11 @@ RECIPE_BYTES: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("case", RECIPE_BYTES)
-def test_recipe_of_other_bytes(case: str, tmp_path: Path) -> None:
+def test_recipe_of_other_bytes(case: str, hftl: Hftl, tmp_path: Path) -> None:
     content, words = RECIPE_BYTES[case]
-    path = tmp_path / "r.yaml"
-    path.write_bytes(content)
-    assert_refused(RecipeError, words, lambda: Recipe.load(path), tmp_path)
+    (tmp_path / "r.yaml").write_bytes(content)
+    assert_refused(hftl("run", tmp_path / "r.yaml"), 2, words)
+    assert not list(Path().iterdir())
 
 
 @pytest.mark.parametrize("assignment", [
@@ -182,10 +172,10 @@ def test_recipe_of_other_bytes(case: str, tmp_path: Path) -> None:
     "data.train.path.name=x", "finetune.training.learning_rate.x=1", "adapt.5.objective=mlm",
     "measure.arms.0.x=1", "data.seed=!!python/name:os.system", "data.seed=*a",
 ])  # fmt: skip
-def test_override(assignment: str, tmp_path: Path) -> None:
-    path = tmp_path / "r.yaml"
-    path.write_text(HEAD, encoding="utf-8")
-    assert_refused(RecipeError, "", lambda: Recipe.load(path, [assignment]), tmp_path)
+def test_override(assignment: str, hftl: Hftl, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(HEAD, encoding="utf-8")
+    assert_refused(hftl("run", tmp_path / "r.yaml", assignment), 2, "")
+    assert not list(Path().iterdir())
 
 
 # Tables of texts.
@@ -312,27 +302,42 @@ TABLES: dict[str, tuple[str, bytes, str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def parse_data(path: Path, task: str | None = "classification", **more: Any) -> Any:
-    train = {"path": str(path)} | more.pop("train", {})
-    tree = {"task": task, "train": train} | more
-    return Recipe.parse({"source": {"model": "x"}, "data": tree, "measure": {}} | (
-        {"adapt": {"objective": "mlm"}} if task is None else {}
-    )).data  # fmt: skip
+@pytest.fixture
+def run(hftl: Hftl, tmp_path: Path) -> Callable[..., None]:
+    """`run(code, words, model, path, task, **data)` checks that a run of these is refused."""
+
+    def check(
+        code: int, words: str, model: Path, path: Path, task: str | None = "classification",
+        **data: Any,
+    ) -> None:  # fmt: skip
+        train = {"path": str(path)} | data.pop("train", {})
+        tree = {
+            "source": {"model": str(model)}, "data": {"task": task, "train": train, **data},
+            "adapt": {"objective": "mlm"} if task is None else None,
+        }  # fmt: skip
+        recipe, output = tmp_path / "recipe.yaml", tmp_path / "run"
+        recipe.write_text(json.dumps(tree), encoding="utf-8")
+        outcome = hftl("run", recipe, "--output", output)
+        assert_refused(outcome, code, words, output)
+        error = json.loads((output / "error.json").read_text("utf-8"))
+        assert error["exit_code"] == code and error["message"] in outcome.err
+
+    return check
 
 
 @pytest.mark.parametrize("case", TABLES)
-def test_table(case: str, tmp_path: Path) -> None:
+def test_table(case: str, bert: Path, run: Callable[..., None], tmp_path: Path) -> None:
     name, content, words, more = TABLES[case]
     (tmp_path / name).write_bytes(content)
-    data = parse_data(tmp_path / name, **more)
-    assert_refused(DataError, words, lambda: prepare_data(data), tmp_path)
+    run(3, words, bert, tmp_path / name, **more)
 
 
-def test_table_whose_classes_of_test_are_unseen(tmp_path: Path) -> None:
+def test_table_whose_classes_of_test_are_unseen(
+    bert: Path, run: Callable[..., None], tmp_path: Path
+) -> None:
     (tmp_path / "a.csv").write_bytes(as_csv())
     (tmp_path / "b.csv").write_bytes(b"text,label\nnew words,neutral\nmore words,positive\n")
-    data = parse_data(tmp_path / "a.csv", test={"path": str(tmp_path / "b.csv")})
-    assert_refused(DataError, "neutral", lambda: prepare_data(data), tmp_path)
+    run(3, "neutral", bert, tmp_path / "a.csv", test={"path": str(tmp_path / "b.csv")})
 
 
 CORPORA: dict[str, tuple[str, bytes, str]] = {
@@ -349,12 +354,12 @@ CORPORA: dict[str, tuple[str, bytes, str]] = {
 
 
 @pytest.mark.parametrize("case", CORPORA)
-def test_corpus(case: str, tmp_path: Path) -> None:
+def test_corpus(
+    case: str, tiny_model: Callable[..., Path], run: Callable[..., None], tmp_path: Path
+) -> None:
     name, content, words = CORPORA[case]
     (tmp_path / name).write_bytes(content)
-    data = parse_data(tmp_path / name, unlabeled={"path": str(tmp_path / name)}, task=None)
-    documents = lambda: list(read_documents(data, "unlabeled", BadRows(skip=False)))  # noqa: E731
-    assert_refused(DataError, words, documents, tmp_path)
+    run(3, words, tiny_model("bert", True), tmp_path / name, None)
 
 
 # Pictures.
@@ -415,16 +420,16 @@ IMAGES: dict[str, tuple[bytes, str]] = {
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("case", IMAGES)
-def test_picture(case: str, tmp_path: Path) -> None:
+def test_picture(
+    case: str, tiny_model: Callable[..., Path], run: Callable[..., None], tmp_path: Path
+) -> None:
     content, words = IMAGES[case]
     for label in ("dark", "light"):
-        (tmp_path / label).mkdir()
+        (tmp_path / "photos" / label).mkdir(parents=True)
         for number in range(3):
-            NOISE.rotate(number * 90).save(tmp_path / label / f"{label}{number}.png")
-    (tmp_path / "light" / "bad.png").write_bytes(content)
-    data = parse_data(tmp_path)
-    read = lambda: load_images(data, "train", BadRows(skip=False), InputSpec("image", 8))  # noqa: E731
-    assert_refused(DataError, f"light/bad.png|{words}", read, tmp_path)
+            NOISE.rotate(number * 90).save(tmp_path / "photos" / label / f"{label}{number}.png")
+    (tmp_path / "photos" / "light" / "bad.png").write_bytes(content)
+    run(3, f"light/bad.png|{words}", tiny_model("vit"), tmp_path / "photos")
 
 
 # Models.
@@ -494,22 +499,14 @@ MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("case", MODELS)
-def test_model(case: str, bert: Path, tmp_path: Path) -> None:
+def test_model(case: str, bert: Path, run: Callable[..., None], tmp_path: Path) -> None:
     damage, words = MODELS[case]
     folder = Path(shutil.copytree(bert, tmp_path / "model"))
     for file in ("vocab.txt", "special_tokens_map.json"):
         (folder / file).unlink(missing_ok=True)
     damage(folder)
-
-    def read() -> None:
-        source = find_source(Source(model=str(folder)))
-        hash_source_weights(source)
-        load_tokenizer(source)
-        from hftl.models.heads import build_model
-
-        build_model(source, "classification", "native", 2, ["a", "b"], 0)
-
-    assert_refused(RecipeError, f"source.model|{words}", read, tmp_path)
+    (tmp_path / "a.csv").write_bytes(as_csv())
+    run(2, f"source.model|{words}", folder, tmp_path / "a.csv")
 
 
 PROCESSORS: dict[str, tuple[bytes | None, str]] = {
@@ -520,14 +517,15 @@ PROCESSORS: dict[str, tuple[bytes | None, str]] = {
 
 
 @pytest.mark.parametrize("case", PROCESSORS)
-def test_image_processor(case: str, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_image_processor(
+    case: str, tiny_model: Callable[..., Path], run: Callable[..., None], tmp_path: Path
+) -> None:
     content, words = PROCESSORS[case]
     folder = Path(shutil.copytree(tiny_model("vit"), tmp_path / "model"))
     (folder / "preprocessor_config.json").unlink()
     if content is not None:
         (folder / "preprocessor_config.json").write_bytes(content)
-    source = find_source(Source(model=str(folder)))
-    assert_refused(RecipeError, words, lambda: load_image_processor(source), tmp_path)
+    run(2, words, folder, pictures(tmp_path / "photos", 5))
 
 
 # Adapters.
@@ -570,17 +568,14 @@ ADAPTERS: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("case", ADAPTERS)
-def test_adapter(case: str, local_adapter: Path, tmp_path: Path) -> None:
+def test_adapter(case: str, local_adapter: Path, hftl: Hftl, tmp_path: Path) -> None:
     damage, words = ADAPTERS[case]
     folder = Path(shutil.copytree(local_adapter, tmp_path / "adapter"))
     damage(folder)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(HftlError) as caught:
-        model = hftl.load(folder)
-        model.predict(["some words"])
-    error = caught.value
-    assert error.exit_code in (2, 4, 5, 6) and "\n" not in str(error)
-    assert all(word in str(error) for word in words.split("|")), error
+    outcome = hftl("predict", folder, "some words")
+    assert outcome.code in (2, 4, 5, 6) and not outcome.out
+    assert_refused(outcome, outcome.code, words)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -621,15 +616,16 @@ RECORDS: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("case", RECORDS)
-def test_record(case: str, tmp_path: Path) -> None:
+def test_record(case: str, hftl: Hftl, tmp_path: Path) -> None:
     content, words = RECORDS[case]
     if callable(content):
         tree = copy.deepcopy(TREE)
         content(tree)
         content = to_json(tree).encode()
+    (tmp_path / "run").mkdir()
     if content is not None:
-        (tmp_path / "record.json").write_bytes(content)
-    assert_refused(RunFolderError, f"record.json|{words}", lambda: Record.read(tmp_path), tmp_path)
+        (tmp_path / "run" / "record.json").write_bytes(content)
+    assert_refused(hftl("verdict", tmp_path / "run"), 4, f"record.json|{words}")
 
 
 def test_cases_are_many() -> None:
