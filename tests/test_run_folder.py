@@ -157,6 +157,21 @@ def holder(tmp_path: Path) -> Any:
         yield process
 
 
+@pytest.mark.parametrize("name", [
+    ".tmp-recipe.yaml", ".tmp-beats/0", ".tmp-error.json", ".tmp-publish/.tmp-hftl.json",
+])  # fmt: skip
+def test_what_a_killed_run_left_half_written_is_removed(name: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / name).parent.mkdir(parents=True)
+    (run / name).write_text("cut o")
+    run_folder.create_run_folder(run)
+    with run_folder.lock_run(run):
+        assert [path.name for path in run.iterdir()] == [".lock"]
+    (run / ".tmp-thesis").touch()
+    with pytest.raises(RecipeError, match="holds '.tmp-thesis'"):
+        run_folder.create_run_folder(run)
+
+
 def test_a_folder_that_another_process_holds(tmp_path: Path, holder: Any) -> None:
     (tmp_path / ".tmp-theirs").mkdir()
     with (

@@ -26,9 +26,12 @@ RUN_FOLDERS = ("phases", "arms", "analysis", "publish", "publish-base", "checkpo
 RESULTS = (*RUN_FOLDERS, "record.json", "report.html")
 RUN_FILES = (*RESULTS, ".replaced", "recipe.yaml", "error.json", "log.txt", ".lock")
 """Every name that a run folder may hold."""
-DEAL_FOLDER = ".tmp-deal"
-"""What processes that train arms side by side share while they do; named as all that a killed run
-may leave, so that the next one removes it."""
+TEMPORARY = ".tmp-"
+"""Begins the name of what a killed run may leave half written; the next one removes it."""
+DEAL_FOLDER = f"{TEMPORARY}deal"
+"""What processes that train arms side by side share while they do."""
+BEATS_FOLDER = f"{TEMPORARY}beats"
+"""Where processes that share a training report that they go on."""
 SEMANTICS = 7
 """Raised when the same recipe and data train, draw, choose or score otherwise than before, or when
 the keys of arms change, so that arms of two versions are never averaged. 2 standardises targets,
@@ -91,7 +94,9 @@ def create_run_folder(run: Path) -> None:
         RunFolderError: if it holds a file where a run keeps a folder.
     """
     if run.is_dir() and not (run / "recipe.yaml").exists():
-        foreign = sorted(p.name for p in run.iterdir() if p.name not in RUN_FILES)
+        temporary = (DEAL_FOLDER, BEATS_FOLDER, *(f"{TEMPORARY}{name}" for name in RUN_FILES))
+        own = {*RUN_FILES, *temporary}
+        foreign = sorted(p.name for p in run.iterdir() if p.name not in own)
         if foreign:
             raise RecipeError(
                 f"{run} is no run folder: it holds {foreign[0]!r}", "Choose another --output"
@@ -133,8 +138,10 @@ def lock_run(run: Path) -> Iterator[None]:
     try:
         # Written in place: a rename would give the name to a file that nobody holds.
         (run / ".lock").write_text(f"process {os.getpid()}", encoding="utf-8")
-        for leftover in [*run.glob(".tmp-*"), *run.glob("*/.tmp-*")]:
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        for pattern in (f"{TEMPORARY}*", f"*/{TEMPORARY}*"):
+            # One after the other: a temporary folder may hold what is temporary itself.
+            for leftover in list(run.glob(pattern)):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         yield
     finally:
         lock.release()

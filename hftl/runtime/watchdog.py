@@ -15,11 +15,10 @@ from pathlib import Path
 
 from hftl.errors import HungProcessError, RecipeError
 from hftl.runtime import distributed
+from hftl.runtime.run_folder import BEATS_FOLDER
 
 VARIABLE = "HFTL_WATCHDOG_SECONDS"
 DEFAULT_SECONDS = 600.0
-BEATS_FOLDER = ".tmp-beats"
-"""Removed when the run folder is locked, as all temporary names are."""
 REPORT_SECONDS = 1.0
 """Seconds between the reports of two processes: the first of them suffices."""
 
