@@ -75,11 +75,18 @@ class FreshProcess:
 
         before = reload_process.subprocess, reload_process.WaitingReload
         reload_process.subprocess = SimpleNamespace(run=self.run)  # pyright: ignore
-        reload_process.WaitingReload = lambda: None  # pyright: ignore
+        reload_process.WaitingReload = _NoneWaits  # pyright: ignore
         try:
             yield
         finally:
             reload_process.subprocess, reload_process.WaitingReload = before  # pyright: ignore
+
+
+class _NoneWaits:
+    """Stand in for the class of a waiting process: there is none. Types are made of the name."""
+
+    def __new__(cls) -> None:  # pyright: ignore
+        return None
 
 
 def child(folder: str, environment: dict[str, str] | None, words: list[str]) -> int:
