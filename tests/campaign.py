@@ -4,8 +4,9 @@
 
 Each run is the whole pipeline of a tiny model, its checkpoints written as often as they can be. A
 run that was cut off is continued by the same command. It must end with the weights, predictions,
-published files and record of a run that was never stopped. Runs are forks of this process, which
-has imported everything once; those of several processes are started by torchrun.
+published files and record of a run that was never stopped. Every other one is continued from
+another place than it was begun at. Runs are forks of this process, which has imported everything
+once; those of several processes are started by torchrun.
 """
 # ruff: noqa: E402
 
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -194,6 +196,7 @@ class Campaign:
 
     def __init__(self, recipe: Path, folder: Path, draw: random.Random) -> None:
         self.recipe, self.folder, self.draw = recipe, folder, draw
+        self.finished = 0
         straight = folder / f"{recipe.stem}-straight"
         begun = time.monotonic()
         code = wait(start(recipe, straight))
@@ -210,7 +213,12 @@ class Campaign:
         return place
 
     def finish(self, place: Path) -> str:
-        """Continue a run that was cut off; return what went wrong."""
+        """Continue a run that was cut off, every other one elsewhere; return what went wrong."""
+        self.finished += 1
+        if self.finished % 2 == 0 and place.exists():
+            elsewhere = place.with_name("moved")
+            shutil.rmtree(elsewhere, ignore_errors=True)
+            place = place.rename(elsewhere)
         code = wait(start(self.recipe, place), 20 * self.seconds + 60)
         if code != 0:
             return f"exit {code}: {place.with_suffix('.txt').read_text()[-300:]}"
@@ -232,15 +240,16 @@ class Campaign:
             tally.add(f"{self.recipe.stem} {moment:.2f} s x {kills}", self.finish(place))
 
     def stop(self, count: int, tally: Tally) -> None:
-        """Send SIGTERM and SIGINT by turns."""
+        """Send SIGTERM, SIGINT, and the notice SIGUSR1 by turns."""
         for number, moment in enumerate(self.draw_moments(count)):
-            sent = (signal.SIGTERM, signal.SIGINT)[number % 2]
+            sent = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)[number % 3]
             place = self.open_trial()
             pid = start(self.recipe, place)
             if (code := wait(pid, moment)) is None:
                 os.kill(pid, sent)
                 code = wait(pid, LIMIT_SECONDS)
-            problem = self._judge_stop(place, code, 128 + sent)
+            expected = 130 if sent == signal.SIGINT else 143
+            problem = self._judge_stop(place, code, expected)
             tally.add(f"{self.recipe.stem} {moment:.2f} s {sent.name}", problem)
 
     def _judge_stop(self, place: Path, code: int | None, expected: int) -> str:
@@ -253,15 +262,41 @@ class Campaign:
 
     def cut_writes(self, count: int, tally: Tally) -> None:
         """Let the power fail at a write, flush or rename, the last of them not carried out."""
-        calls = self.folder / "calls.txt"
-        code = wait(start(self.recipe, self.open_trial(), lambda: fail_at(0, calls)))
+        calls, place = self.folder / "calls.txt", self.open_trial()
+        calls.unlink(missing_ok=True)
+        code = wait(start(self.recipe, place, lambda: fail_at(0, calls)))
         assert code == 0
-        total = int(calls.read_text())
-        for number in range(count):
-            at = 1 + int((number + self.draw.random()) / count * (total - 1))
+        phases = [name_phase(path, place) for path in calls.read_text().splitlines()]
+        chosen = draw_calls(phases, count, self.draw)
+        for at in chosen:
             place = self.open_trial()
             wait(start(self.recipe, place, lambda at=at: fail_at(at, calls)))
-            tally.add(f"{self.recipe.stem} call {at} of {total}", self.finish(place))
+            label = f"{self.recipe.stem} call {at} of {len(phases)} in {phases[at - 1]}"
+            tally.add(label, self.finish(place))
+        hit = Counter(phases[at - 1] for at in chosen)
+        for phase, total in Counter(phases).items():
+            print(f"{self.recipe.stem} {phase}: {hit[phase]} of {total} calls", flush=True)
+
+
+def name_phase(path: str, run: Path) -> str:
+    """Return the part of a run that a file is written for."""
+    if not path.startswith(f"{run}/"):
+        return "outside"
+    first, *rest = (part.removeprefix(".tmp-") for part in Path(path).relative_to(run).parts)
+    # An arm's seeds are one phase.
+    name = rest[0].split("-seed")[0] if len(rest) > 0 else ""
+    return f"{first}/{name}" if first in ("phases", "arms", "checkpoints") else first
+
+
+def draw_calls(phases: list[str], count: int, draw: random.Random) -> list[int]:
+    """Return the numbers of calls, from 1: one of each phase, the rest spread over the run."""
+    places: dict[str, list[int]] = {}
+    for number, phase in enumerate(phases, 1):
+        places.setdefault(phase, []).append(number)
+    chosen = [draw.choice(numbers) for numbers in places.values()][:count]
+    left = count - len(chosen)
+    chosen += [1 + int((n + draw.random()) / left * (len(phases) - 1)) for n in range(left)]
+    return sorted(chosen)
 
 
 def with_kill(pid: int, number: int) -> None:
@@ -274,23 +309,25 @@ def with_kill(pid: int, number: int) -> None:
 
 
 def fail_at(number: int, calls: Path) -> None:
-    """End this process in the call of so many flushes, renames and safetensors; 0 counts them."""
+    """End this process in the call of so many flushes, renames and safetensors; 0 lists them."""
     done = 0
 
-    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap(function: Callable[..., Any], find_path: Callable[..., str]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             nonlocal done
             done += 1
             if done == number:
                 os._exit(137)
             if not number:
-                calls.write_text(str(done))
+                with open(calls, "a") as handle:
+                    handle.write(f"{find_path(*args)}\n")
             return function(*args, **kwargs)
 
         return call
 
-    os.fsync, os.rename = wrap(os.fsync), wrap(os.rename)  # pyright: ignore
-    step_checkpoint.save_file = wrap(step_checkpoint.save_file)
+    os.fsync = wrap(os.fsync, lambda handle: os.readlink(f"/proc/self/fd/{handle}"))
+    os.rename = wrap(os.rename, lambda old, _: str(old))  # pyright: ignore
+    step_checkpoint.save_file = wrap(step_checkpoint.save_file, lambda _, path: str(path))
 
 
 def stop_ranks(recipe: Path, folder: Path, count: int, draw: random.Random, tally: Tally) -> None:
@@ -300,7 +337,8 @@ def stop_ranks(recipe: Path, folder: Path, count: int, draw: random.Random, tall
     ended = launch(recipe, straight)
     assert ended.wait(600) == 0, straight.with_suffix(".txt").read_text()
     seconds, expected = time.monotonic() - begun, hash_results(straight)
-    victims = [("rank", signal.SIGTERM), ("launcher", signal.SIGTERM), ("rank", signal.SIGKILL)]
+    victims = [("rank", signal.SIGTERM), ("launcher", signal.SIGTERM), ("rank", signal.SIGKILL),
+               ("rank", signal.SIGUSR1)]  # fmt: skip
     for number in range(count):
         victim, sent = victims[number % len(victims)]
         place = folder / "trial-two"
@@ -314,7 +352,7 @@ def stop_ranks(recipe: Path, folder: Path, count: int, draw: random.Random, tall
         problem = "" if process.wait(2 * LIMIT_SECONDS) is not None else "did not end"
         error = place / "error.json"
         code = json.loads(error.read_text())["exit_code"] if error.exists() else None
-        codes = (143, None) if sent == signal.SIGTERM else (8, None)
+        codes = (8, None) if sent == signal.SIGKILL else (143, None)
         if ranks and code not in codes:
             problem = f"error.json holds {code}"
         if not problem:
@@ -332,7 +370,7 @@ def launch(recipe: Path, folder: Path) -> subprocess.Popen[bytes]:
 def main() -> int:
     """Run what is asked for; return 1 if anything ended otherwise."""
     parser = argparse.ArgumentParser(prog="python -m tests.campaign", description=__doc__)
-    for name, count in (("kills", 100), ("signals", 20), ("faults", 50), ("ranks", 6), ("seed", 0)):
+    for name, count in (("kills", 100), ("signals", 20), ("faults", 50), ("ranks", 8), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=count)
     parser.add_argument("--only", choices=["text", "image"], help="of the two recipes")
     options = parser.parse_args()
