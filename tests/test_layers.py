@@ -43,7 +43,7 @@ ORDER = [
     "models.model_parts", "models.heads", "models.lora", "models.lora_concat", "models.features",
     "models.likelihood", "models.pairs",
     "models.layer_features",
-    "analysis.probe", "analysis.neighbours", "analysis.drift",
+    "analysis.logistic", "analysis.probe", "analysis.neighbours", "analysis.drift",
     "analysis.row_faults", "analysis.fingerprints", "analysis.check",
     "analysis.nearest", "analysis.out_of_fold", "analysis.transferability",
     "analysis.rank_intervals",

@@ -10,8 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from hftl.analysis.logistic import MAX_AXES, MAX_STEPS, compute_losses, fit_path, turn_rows
+
 FOLDS = 5
-MAX_STEPS = 1000
+SEARCH_TOLERANCE = 1e-3
+"""Of the fits that the penalty is chosen by; see `fit_path`."""
 MAX_SEARCH_ROWS = 20_000
 """Rows that the penalty is chosen on, at most; the probe is fitted on all."""
 C_GRID = np.logspace(-5, 2, 8)
@@ -78,14 +81,21 @@ def fit_linear(
 
     Shapes as in `fit_probe` and `fit_logistic`.
     """
-    if isinstance(x, np.ndarray) and x.shape[0] < x.shape[1]:
-        # The penalty depends on lengths alone, so the solution lies in the span of the rows: the
-        # same solution, with as many unknowns as there are rows.
-        left, values, right = np.linalg.svd(x, full_matrices=False)
-        weight, bias, penalty = fit_linear(
-            left * values, labels, outputs, groups, cs, alphas, intercept, weights
+    turned = turn_rows(x)
+    if turned is not None:
+        rows, axes = turned
+        weight, bias, penalty = _fit_turned(
+            rows, labels, outputs, groups, cs, alphas, intercept, weights
         )
-        return weight @ right, bias, penalty
+        return weight @ axes, bias, penalty
+    return _fit_turned(x, labels, outputs, groups, cs, alphas, intercept, weights)
+
+
+def _fit_turned(
+    x: Any, labels: np.ndarray, outputs: int, groups: np.ndarray | None,
+    cs: np.ndarray, alphas: np.ndarray, intercept: bool, weights: np.ndarray | None,
+) -> tuple[np.ndarray, np.ndarray, float]:  # fmt: skip
+    """Fit a linear model of rows that may be turned; see `fit_linear`."""
     if labels.ndim == 2:
         own_weights = [None] * outputs if weights is None else list(weights.T)
         pairs = [
@@ -123,8 +133,6 @@ def fit_logistic(
     Returns:
         Weights (outputs, width), biases (outputs,) and the chosen C.
     """
-    from sklearn.linear_model import LogisticRegression
-
     if weights is not None:
         counts = weights > 0
         x, y, weights = x[counts], y[counts], weights[counts]
@@ -134,13 +142,11 @@ def fit_logistic(
         lone = np.zeros((1, x.shape[1])), np.zeros(1)
         return *_fill_absent_classes(*lone, present, outputs, len(y)), float(cs[len(cs) // 2])
     chosen = _choose_c(x, y, groups, cs, intercept, weights)
-    solver = LogisticRegression(
-        C=chosen, max_iter=MAX_STEPS, tol=1e-6, fit_intercept=intercept
-    ).fit(x, y, weights)
-    weight, bias = solver.coef_, solver.intercept_
-    if len(weight) == 1:
-        weight = np.concatenate([-weight / 2, weight / 2])
-        bias = np.concatenate([-bias / 2, bias / 2])
+    if _is_turned(x):
+        classes = np.searchsorted(present, y)
+        ((weight, bias),) = fit_path(x, classes, len(present), [chosen], intercept, weights)
+    else:
+        weight, bias = _fit_by_scikit_learn(x, y, chosen, intercept, weights)
     return *_fill_absent_classes(weight, bias, present, outputs, len(y)), chosen
 
 
@@ -150,37 +156,59 @@ def _choose_c(
 ) -> float:  # fmt: skip
     """Return the C of the least cross-validated log loss, weighted where the fit is.
 
-    Classes too rare to be held out are left out; where fewer than two classes remain, it is the
-    middle of the grid.
+    Classes too rare to be held out are left out; where there are no folds, it is the middle of the
+    grid.
     """
-    from sklearn.linear_model import LogisticRegressionCV
-    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
-
     if len(cs) == 1:
         return float(cs[0])
-    counts = np.bincount(y)
-    enough = next((n for n in (FOLDS, 2) if (counts >= n).sum() >= 2), None)
-    if enough is None:
-        return float(cs[len(cs) // 2])
-    rows = np.flatnonzero(counts[y] >= enough)[:MAX_SEARCH_ROWS]
-    x, y = x[rows], y[rows]
-    groups = None if groups is None else groups[rows]
-    weights = None if weights is None else weights[rows]
-    smallest = int(np.bincount(y)[np.unique(y)].min())
-    folds = min(FOLDS, smallest if groups is None else min(smallest, len(set(groups))))
-    if folds < 2 or len(np.unique(y)) < 2:
-        return float(cs[len(cs) // 2])
-    splitter = StratifiedKFold(folds) if groups is None else StratifiedGroupKFold(folds)
-    splits = [
-        (train, test)
-        for train, test in splitter.split(x, y, groups)
-        if len(np.unique(y[train])) == len(np.unique(y))
-    ]
+    rows, splits = split_folds(y, groups)
     if not splits:
         return float(cs[len(cs) // 2])
+    x, (present, classes) = x[rows], np.unique(y[rows], return_inverse=True)
+    weights = np.ones(len(rows)) if weights is None else weights[rows]
+    if not _is_turned(x):
+        return _choose_by_scikit_learn(x, classes, splits, cs, intercept, weights)
+    losses = np.zeros(len(cs))
+    for train, test in splits:
+        path = fit_path(
+            x[train], classes[train], len(present), cs, intercept, weights[train], SEARCH_TOLERANCE
+        )
+        for place, (weight, bias) in enumerate(path):
+            each = compute_losses(np.asarray(x[test] @ weight.T) + bias, classes[test])
+            losses[place] += np.average(each, weights=weights[test])
+    return float(cs[int(losses.argmin())])
+
+
+def _is_turned(x: Any) -> bool:
+    """Return whether rows are dense and narrow, as all are that `turn_rows` has turned.
+
+    Without that scikit-learn's solver takes less time than a path.
+    """
+    return isinstance(x, np.ndarray) and x.shape[1] <= MAX_AXES
+
+
+def _fit_by_scikit_learn(
+    x: Any, y: np.ndarray, c: float, intercept: bool, weights: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return weights (classes, width) and biases of scikit-learn's solver."""
+    from sklearn.linear_model import LogisticRegression
+
+    solver = LogisticRegression(C=c, max_iter=MAX_STEPS, tol=1e-6, fit_intercept=intercept)
+    weight, bias = (solver.fit(x, y, weights).coef_, solver.intercept_)
+    if len(weight) > 1:
+        return weight, bias
+    return np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+
+
+def _choose_by_scikit_learn(
+    x: Any, y: np.ndarray, splits: list[tuple[np.ndarray, np.ndarray]], cs: np.ndarray,
+    intercept: bool, weights: np.ndarray,
+) -> float:  # fmt: skip
+    """Return the C of the least log loss over the folds by scikit-learn's solver."""
+    from sklearn.linear_model import LogisticRegressionCV
+
     with warnings.catch_warnings():
-        # A fold of groups may lack a class, and the weakest penalty may need more steps: the
-        # choice does not depend on either.
+        # The weakest penalty may need more steps: the choice does not depend on it.
         warnings.simplefilter("ignore")
         solver: Any = LogisticRegressionCV  # Its types name the defaults alone.
         search: Any = solver(
@@ -188,6 +216,38 @@ def _choose_c(
             use_legacy_attributes=False, fit_intercept=intercept,
         ).fit(x, y, sample_weight=weights)  # fmt: skip
     return float(np.ravel(search.C_)[0])
+
+
+def split_folds(
+    y: np.ndarray, groups: np.ndarray | None
+) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
+    """Return the rows that a penalty is chosen on, and places of train and test among them.
+
+    Args:
+        y: (rows,) class ids.
+        groups: (rows,) names; rows of one group share a fold. None: every row for itself.
+
+    Returns:
+        No folds where fewer than two classes remain, or no fold's training rows have all.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
+    counts = np.bincount(y)
+    enough = next((n for n in (FOLDS, 2) if (counts >= n).sum() >= 2), None)
+    if enough is None:
+        return np.arange(0), []
+    rows = np.flatnonzero(counts[y] >= enough)[:MAX_SEARCH_ROWS]
+    y, groups = y[rows], None if groups is None else groups[rows]
+    present, sizes = np.unique(y, return_counts=True)
+    folds = min(FOLDS, int(sizes.min()), len(y) if groups is None else len(set(groups)))
+    if folds < 2 or len(present) < 2:
+        return rows, []
+    splitter = StratifiedKFold(folds) if groups is None else StratifiedGroupKFold(folds)
+    with warnings.catch_warnings():
+        # A fold of groups may lack a class; it is left out below.
+        warnings.simplefilter("ignore")
+        splits = list(splitter.split(rows, y, groups))
+    return rows, [(a, b) for a, b in splits if len(np.unique(y[a])) == len(present)]
 
 
 def _fill_absent_classes(
