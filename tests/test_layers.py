@@ -53,7 +53,7 @@ ORDER = [
     "train.step_checkpoint", "train.callbacks", "train.weighted_loss", "train.weight_arguments",
     "train.loss", "train.objective",
     "train.samplers", "train.optimizer", "train.arguments", "train.numbers",
-    "train.memory",
+    "train.memory", "train.step_costs",
     "train.trainer",
     "adapt.encoder_io", "adapt.language_model", "adapt.mae", "adapt.guard",
     "adapt.adaptation",

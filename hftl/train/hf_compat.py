@@ -210,8 +210,15 @@ class TrainerHooks(Trainer):
         """Count the labels that a loss is divided by, in training and in evaluation."""
         return super()._get_num_items_in_batch(batches, device)
 
+    def clip_gradients(self, model: Any) -> Any:
+        """Scale a step's gradients down to `max_grad_norm`, and return their norm before."""
+        return super()._clip_grad_norm(model)
+
     def review_gradients(self, norm: Any) -> None:
         """Look at the norm of a step's gradients before the optimizer uses them."""
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        return self.clip_gradients(model)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)

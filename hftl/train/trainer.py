@@ -28,10 +28,11 @@ from hftl.train.memory import MicroBatches, find_batch_dependence
 from hftl.train.numbers import NumberWatch
 from hftl.train.objective import LossPlan
 from hftl.train.step_checkpoint import CheckpointWriter
+from hftl.train.step_costs import StepCosts, set_training_modes
 from hftl.train.weight_arguments import build_weighting
 
 
-class TransferTrainer(hf_compat.TrainerHooks, Trainer):
+class TransferTrainer(StepCosts, Trainer):
     """Extend transformers' Trainer by what transfer needs.
 
     Frozen modules run in eval mode, so that their outputs are a function of the input alone; the
@@ -138,7 +139,7 @@ class TransferTrainer(hf_compat.TrainerHooks, Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as transformers does, with modes and loss planned anew."""
-        self._modes, self._loss_plan = None, None
+        self._modes = self._loss_plan = self._parameters = None
         self._numbers.reset()
         self._micro_batches = self._build_micro_batches()
         # A checkpoint is loaded later: the model is still what it starts from.
@@ -504,5 +505,4 @@ class TransferTrainer(hf_compat.TrainerHooks, Trainer):
     def _hold_frozen_in_eval(self) -> None:
         if self._modes is None:
             self._modes = list_training_modes(self.accelerator.unwrap_model(self.model))
-        for module, live in self._modes:
-            module.training = live
+        set_training_modes(self._modes)
