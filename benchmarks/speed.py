@@ -30,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -148,19 +149,54 @@ def run_contender(inputs: Inputs, contender: str) -> Usage:
     job = inputs.job
     threads = {} if job.threads is None else set_threads(job.threads)
     if contender in ("hftl", "one-process"):
-        command = build_command(inputs, contender)
-        usage, lines = run_process(command, threads)
-        usage.train = read_train_seconds(inputs, contender, lines)
-        return usage
+        return run_hftl(inputs, contender, threads)
+    if contender == "copies":
+        return divide_train(run_copies(inputs, threads), job, contender)
     script = "speed_steps.py" if job.kind == "steps" else "speed_peers.py"
     if job.kind in ("predict", "heads") or contender in ("frozen", "sklearn"):
         script = "speed_solved.py"
-    command = [sys.executable, str(HERE / script), str(inputs.folder), contender]
+    command = [*launch(job), str(HERE / script), str(inputs.folder), contender]
     usage, lines = run_process(command, threads)
-    train = json.loads(lines[-1][1])["train"]
-    share = next(peer.share for peer in job.peers if peer.name == contender)
-    usage.train = None if train is None else train / share
+    usage.train = json.loads(lines[-1][1])["train"]
+    return divide_train(usage, job, contender)
+
+
+def run_hftl(inputs: Inputs, contender: str, environment: dict[str, str]) -> Usage:
+    """Return what a command of hftl took; `contender` names its run folder."""
+    usage, lines = run_process(build_command(inputs, contender), environment)
+    usage.train = read_train_seconds(inputs, contender, lines)
     return usage
+
+
+def run_copies(inputs: Inputs, environment: dict[str, str]) -> Usage:
+    """Return what as many copies of the job took as it has processes, all at once, none in step.
+
+    Cores share memory and sometimes more: no exchange can be faster than that.
+    """
+    names = [f"copy-{number}" for number in range(inputs.job.processes)]
+    with ThreadPoolExecutor(len(names)) as pool:
+        taken = list(pool.map(lambda name: run_hftl(inputs, name, environment), names))
+    return Usage(
+        train=max(usage.train or 0.0 for usage in taken),
+        whole=max(usage.whole for usage in taken),
+        cpu=sum(usage.cpu for usage in taken),
+        anonymous=sum(usage.anonymous or 0.0 for usage in taken),
+        resident=max(usage.resident for usage in taken),
+    )
+
+
+def divide_train(usage: Usage, job: Job, contender: str) -> Usage:
+    """Return what a peer took, its training's seconds for the job's repetitions."""
+    share = next(peer.share for peer in job.peers if peer.name == contender)
+    usage.train = None if usage.train is None else usage.train / share
+    return usage
+
+
+def launch(job: Job) -> list[str]:
+    """Return the words that start a peer's script, in as many processes as the job has."""
+    if job.processes == 1:
+        return [sys.executable]
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(job.processes)]
 
 
 def check_difference(name: str, inputs: Inputs) -> float:

@@ -43,7 +43,9 @@ class Peer:
         train: goal of the ratio peer / hftl of the training's seconds; None: no goal.
         whole: the same of the whole command.
         pairs: pairs that it takes part in, at most; None: all.
-        share: of the job's repetitions that it runs; its seconds are divided by it.
+        share: of the job's repetitions that it runs; its training's seconds are divided by it.
+            `copies` runs the whole job once on each core, so that it shows what sharing it between
+            as many processes takes at least.
     """
 
     name: str
@@ -161,10 +163,13 @@ JOBS = {
         epochs=1, train=4000, batch=8, source="bert-tiny", fp32=True,
     ),
     "two-data": Job(
-        "two processes, data", "finetune", (Peer("one-process", 1.9),), processes=2, threads=1,
+        "two processes, data", "finetune",
+        (Peer("copies", 0.95, share=2), Peer("tuned", 0.98), Peer("one-process")),
+        processes=2, threads=1,
     ),
     "two-arms": Job(
-        "two processes, arms dealt out", "finetune", (Peer("one-process", 1.9),), seeds=4,
+        "two processes, arms dealt out", "finetune",
+        (Peer("copies", 0.95, share=2), Peer("one-process", 1.9)), seeds=4,
         processes=2, threads=1, train=240, epochs=2,
     ),
     "predict": Job(

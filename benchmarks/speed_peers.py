@@ -8,6 +8,7 @@ prints {"train": seconds}. Nothing of hftl is imported here.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -125,7 +126,8 @@ def build_arguments(inputs: Inputs, is_shipped: bool, **settings: Any) -> Traini
         "output_dir": str(inputs.folder / "peer"), "use_cpu": not torch.cuda.is_available(),
         "bf16": inputs.bf16, "eval_strategy": "epoch", "save_strategy": "no", "seed": 0,
         "report_to": "none", "disable_tqdm": True, "learning_rate": job.rate,
-        "num_train_epochs": job.epochs, "per_device_train_batch_size": job.batch,
+        "num_train_epochs": job.epochs,
+        "per_device_train_batch_size": job.batch // job.processes,
         "per_device_eval_batch_size": SHIPPED_EVAL_BATCH if is_shipped else EVAL_BATCH,
     }  # fmt: skip
     return TrainingArguments(**arguments | tuned | settings)
@@ -185,10 +187,13 @@ def finish(inputs: Inputs, trainer: Trainer, test: Dataset, merges: bool = True)
     """Save the trained weights and predict the test rows, LoRA merged where it pays."""
     model: Any = trainer.model
     trained = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
-    save_file(trained, inputs.folder / "peer.safetensors")
+    if trainer.is_world_process_zero():
+        save_file(trained, inputs.folder / "peer.safetensors")
     if merges and inputs.job.strategy == "lora":
         model.encoder = model.encoder.merge_and_unload()
     predictions: Any = trainer.predict(test).predictions  # pyright: ignore
+    if not trainer.is_world_process_zero():
+        return
     pd.DataFrame(predictions).to_csv(inputs.folder / "peer.csv", index=False)
 
 
@@ -300,4 +305,6 @@ def list_losses(trainer: Any) -> Iterator[float]:
 if __name__ == "__main__":
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    print(json.dumps({"train": run(Inputs.read(Path(sys.argv[1])), sys.argv[2])}))
+    seconds = run(Inputs.read(Path(sys.argv[1])), sys.argv[2])
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(json.dumps({"train": seconds}))
