@@ -8,14 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import test_cli_errors
 import yaml
 from conftest import pictures
 from PIL import Image
-from test_cli_errors import Hftl
+from support.command import Hftl
 
-hftl = test_cli_errors.hftl
-"""The fixture: `hftl("adapt", ...)` in this process."""
 Tiny = Callable[..., Path]
 Refuse = Callable[..., None]
 MLM = "adapt={objective: mlm, guard: off, training: {max_steps: 1, bf16: false}}"

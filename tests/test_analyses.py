@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import yaml
 from conftest import write_csv
-from test_cli_errors import Hftl, hftl
+from support.command import Hftl
 from test_feature_store import forwards
 
 from hftl.card.evidence import describe_curve, describe_distance, describe_probe, describe_shift
 from hftl.measure.record import Record
 
-__all__ = ["forwards", "hftl"]
+__all__ = ["forwards"]
 pytestmark = pytest.mark.usefixtures("fast_reload", "fewer_folds")
 
 

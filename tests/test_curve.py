@@ -12,7 +12,7 @@ import yaml
 from conftest import bench_of, sentences
 from scipy.optimize import curve_fit
 from scipy.stats import norm
-from test_cli_errors import Hftl, hftl
+from support.command import Hftl
 from test_feature_store import forwards
 
 from hftl.analysis.curve import CurveOptions, compute_curve
@@ -37,7 +37,7 @@ from hftl.pipeline.analyses import find_curve_arm
 
 pytestmark = pytest.mark.usefixtures("fast_reload", "fewer_folds")
 
-__all__ = ["forwards", "hftl"]
+__all__ = ["forwards"]
 SIZES = np.array([5.0, 10.0, 20.0, 40.0, 80.0, 160.0])
 
 

@@ -13,7 +13,7 @@ from conftest import make_image_recipe, pictures, sentences, write_csv
 from scipy.linalg import sqrtm
 from scipy.spatial.distance import jensenshannon, pdist
 from scipy.stats import kstest, norm
-from test_cli_errors import Hftl, hftl
+from support.command import Hftl
 from test_feature_store import forwards
 
 from hftl.analysis.distance import (
@@ -31,7 +31,7 @@ from hftl.errors import DataError
 
 pytestmark = pytest.mark.usefixtures("fast_reload")
 
-__all__ = ["forwards", "hftl"]
+__all__ = ["forwards"]
 
 
 def draw(rows: int, width: int, seed: int, shift: float = 0.0, scale: float = 1.0) -> np.ndarray:

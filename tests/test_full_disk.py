@@ -16,7 +16,6 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
-from test_cli_errors import hftl
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
@@ -24,8 +23,6 @@ from hftl import cli_errors
 from hftl.errors import is_disk_full
 from hftl.measure.record import Record
 from hftl.runtime import run_folder
-
-__all__ = ["hftl"]
 
 TENSOR = torch.zeros(1 << 16)
 WRITERS: dict[str, Callable[[Path], Any]] = {

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from conftest import bench_of, make_image_recipe, pictures
 from scipy.stats import norm
-from test_cli_errors import Hftl, hftl
+from support.command import Hftl
 from test_feature_store import forwards
 
 from hftl.analysis.drift import compute_cka
@@ -28,7 +28,7 @@ from hftl.models.layer_features import LayerSite
 
 pytestmark = pytest.mark.usefixtures("fast_reload", "fewer_folds")
 
-__all__ = ["forwards", "hftl"]
+__all__ = ["forwards"]
 ACCURACY = METRICS["classification"]["accuracy"]
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import yaml
 from conftest import sentences
+from support.command import Hftl
 from support.tiny import save_tiny
-from test_cli_errors import Hftl, hftl
 from transformers import AutoModel
 
 from hftl.analysis import feature_store
@@ -25,8 +25,6 @@ from hftl.analysis.rank_intervals import (
 from hftl.card.analysis_plots import plot_rank
 from hftl.config.recipe import Recipe
 from hftl.errors import DataError
-
-__all__ = ["hftl"]
 
 
 def score_rows(hits: np.ndarray, number: int, rows: np.ndarray) -> float:

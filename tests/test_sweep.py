@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import bench_of, sentences, write_csv
-from test_cli_errors import Hftl, hftl
+from support.command import Hftl
 
 from hftl.analysis import sweep as sweep_module
 from hftl.analysis.layer_rates import (
@@ -31,8 +31,6 @@ from hftl.pipeline import sweep as pipeline_sweep
 from hftl.train.optimizer import LayerLearningRates
 
 pytestmark = pytest.mark.usefixtures("fast_reload", "fewer_folds")
-
-__all__ = ["hftl"]
 
 
 def test_settings_are_all_pairs_and_the_recipes_own() -> None:
