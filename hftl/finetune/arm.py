@@ -27,6 +27,7 @@ from hftl.finetune.guard_metrics import score_validation
 from hftl.finetune.interpolate import select_alpha
 from hftl.finetune.pretraining_heads import embed_compared_rows
 from hftl.finetune.trainable import apply_strategy, count_trainable_parameters
+from hftl.finetune.used_tokens import train_used_tokens
 from hftl.finetune.zero_shot import build_start_model
 from hftl.measure.metrics import compute_all_metrics
 from hftl.models.features import predict_logits, predict_with_features
@@ -116,6 +117,9 @@ def train_model(
         )
         stack.enter_context(prefix.cache.install())
         prefix.fill(_list_rows_of_training(context, seed, retention))
+        stack.enter_context(
+            train_used_tokens(context, built.encoder, finetune, args, seed, retention)
+        )
         best = build_keep_best(args, finetune.patience)
         make = partial(
             _build_trainer, context, built, best, finetune, seed, retention, scale, prefix

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
@@ -15,15 +16,18 @@ from hftl.finetune.context import ExperimentContext
 from hftl.finetune.pretraining_heads import select_compared_rows
 from hftl.finetune.strategies import STRATEGIES
 from hftl.finetune.trainable import apply_strategy, count_frozen_blocks
+from hftl.finetune.used_tokens import train_used_tokens
 from hftl.finetune.zero_shot import count_hypotheses
 from hftl.models.architecture_spec import TOKEN_CLASSIFICATION
 from hftl.models.encoders import count_blocks
 from hftl.models.features import BATCH_TOKENS, batch_by_length, run_fast
+from hftl.models.model_parts import get_encoder, get_model_spec
 from hftl.pipeline import weight_grid
 from hftl.pipeline.schedule import ArmCost
 from hftl.pipeline.weight_grid import list_selection_rows
 from hftl.retain.regularizer import Batch
 from hftl.runtime import distributed
+from hftl.train.arguments import build_finetune_arguments
 from hftl.train.callbacks import PassTime, time_forward, time_step
 from hftl.train.optimizer import compute_depths
 
@@ -211,13 +215,24 @@ def _time_passes(
     passes: dict[str, PassTime] = {}
     for name, finetune in trained.items():
         batch, rows = _collate_batch(context, finetune)
-        passed = time_step(models.steps[name], batch, finetune.training, context.device)
+        with _hold_used_tokens(context, models.steps[name], finetune):
+            passed = time_step(models.steps[name], batch, finetune.training, context.device)
         passes[name] = _divide_time(passed, rows)
     for finetune in list(trained.values())[:1]:
         batch, rows = _collate_batch(context, finetune)
         passed = time_forward(models.plain, batch, finetune.training, context.device)
         passes[EVALUATE] = _divide_time(passed, rows)
     return passes | {PREDICT: _time_row_prediction(context, models.plain)}
+
+
+def _hold_used_tokens(
+    context: ExperimentContext, model: nn.Module, finetune: Finetune
+) -> AbstractContextManager[None]:
+    """Let the word vectors take part that do so in the training of the first seed."""
+    task, seed = context.prepared.task, context.seeds[0] if context.seeds else 0
+    args = build_finetune_arguments(finetune.training, task, "unused", seed, context.device)
+    encoder = get_encoder(model, get_model_spec(model))
+    return train_used_tokens(context, encoder, finetune, args, seed)
 
 
 def _compute_slowdown(passes: Mapping[str, PassTime]) -> float:
