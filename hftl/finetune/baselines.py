@@ -57,6 +57,10 @@ def search_rate(
 ) -> ScratchSearch:  # fmt: skip
     """Try each rate once and choose by validation, as epochs are chosen.
 
+    No rate is dropped before its end, however far it is behind: from scratch, scores are those of
+    chance until late. On the demo's rows the three rates scored .505, .513 and .535 after three of
+    five epochs, and .608, .688 and .670 at the end.
+
     Where the best is the lowest or highest, the best may lie beyond: the search goes on by the
     grid's own ratio, at most `MAX_EXTRA_RATES` times, each at the cost of one more rate. `say`
     receives a line for each that `attempt` makes.
