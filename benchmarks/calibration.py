@@ -20,15 +20,14 @@ Results: benchmarks/results/calibration.json.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy import special
+from simulations import Part, run_parts
 
 from hftl.measure.forgetting import ForgettingSpec, measure_forgetting
 from hftl.measure.gain import MARGIN, select_lesser_gain
@@ -42,7 +41,6 @@ SPREAD, SHARED, GROUP_SHARE = 3.0, 0.9, 0.6
 VALUES_AT_ONCE = 2_000_000
 WIDTH = 16
 """Of the features that are forgotten."""
-Draw = Callable[[np.random.Generator, int], np.ndarray]
 
 
 def build_groups(rows: int) -> np.ndarray:
@@ -198,7 +196,7 @@ def simulate_null_outcomes(
         }
         for i in range(size):
             gains = {
-                arm: _compute_gain(rights["own"][i] - rights[arm][i])
+                arm: compute_row_gain(rights["own"][i] - rights[arm][i])
                 for arm in ("scratch", "classical")
             }
             least = select_lesser_gain(gains)
@@ -210,7 +208,7 @@ def simulate_null_outcomes(
     return {key: np.array(values) for key, values in outcomes.items()}
 
 
-def _compute_gain(differences: np.ndarray) -> Gain:
+def compute_row_gain(differences: np.ndarray) -> Gain:
     """Return the gain of (seeds, items) differences of rights and wrongs."""
     units = np.arange(differences.shape[1])
     value = float(differences.mean())
@@ -288,7 +286,7 @@ def judge_forgetting(replicates: int) -> list[dict[str, Any]]:
     return rows
 
 
-PARTS: dict[str, Callable[[int], list[dict[str, Any]]]] = {
+PARTS: dict[str, Part] = {
     "p_values": judge_p_values,
     "positive": judge_positive,
     "forgetting": judge_forgetting,
@@ -325,21 +323,5 @@ def _format_extremes(rows: Sequence[dict[str, Any]], *keys: str) -> list[str]:
     ]
 
 
-def main() -> None:
-    """Run the parts named, all without names, and write and print what they gave."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", help=", ".join(PARTS))
-    parser.add_argument("--replicates", type=int, default=REPLICATES)
-    given = parser.parse_args()
-    result = json.loads(RESULT.read_text("utf-8")) if RESULT.exists() else {}
-    for part in given.parts or PARTS:
-        result[part] = PARTS[part](given.replicates)
-        for row in result[part]:
-            print(part, row)
-    result["table"] = format_table(result)
-    RESULT.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    print("\n".join(result["table"]))
-
-
 if __name__ == "__main__":
-    main()
+    run_parts(__doc__, PARTS, REPLICATES, RESULT, format_table)

@@ -1,12 +1,17 @@
 """Count how often a run without a fault is called faulty, in simulations of known truth.
 
-    python benchmarks/false_alarms.py             # four minutes on one core
+    python benchmarks/false_alarms.py             # five minutes on one core
     python benchmarks/false_alarms.py slices      # one part; the others stay as they were
 
 Every part draws runs in which nothing is wrong and judges them by the functions that a run uses.
-Negative transfer is counted by `calibration.py`.
+`calibration.py` counts negative transfer, too, in more runs, whose epochs are chosen.
 
 - `slices`: the own arm is as good as its baseline in every slice; a slice is called worse (Holm).
+- `negative_transfer`: the own arm is as good as scratch and classical, and the verdict says that
+  transfer is negative.
+- `head_better`, `adaptation_harm`: it is as good as head, or as itself without adaptation, and the
+  verdict says that head is better, or that adaptation did harm.
+- `equivalent`: it is better by the equivalence margin, and the gain is said to be practically none.
 - `label_shift`: `hftl check` warns of other shares of classes in a table of the same shares, each
   row for itself or in groups of one class.
 - `predicted_shift`: the same of unlabelled inputs, by what a probe predicts, where train's rows are
@@ -18,17 +23,16 @@ Results: benchmarks/results/false_alarms.json.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from scipy.special import expit
+from calibration import compute_row_gain
+from scipy.special import expit, ndtri
+from simulations import Part, run_parts
 
 from hftl.analysis import label_faults, row_faults
 from hftl.analysis.label_maps import HALF_LEVEL, find_exchange
@@ -36,10 +40,13 @@ from hftl.analysis.source_faults import ExaminedRows
 from hftl.config.data import Data, Table
 from hftl.data.rows import Row
 from hftl.data.slices import RowSlice, SlicedColumn
-from hftl.measure.gain import SplitPredictions
+from hftl.finetune.strategies import GAIN_BASELINES
+from hftl.measure.gain import MARGIN, SplitPredictions, select_lesser_gain
 from hftl.measure.metrics import find_metric
+from hftl.measure.record import Gain
 from hftl.measure.slices import LEVEL as SLICE_LEVEL
 from hftl.measure.slices import measure_slices
+from hftl.measure.verdict import decide_verdict
 
 RESULT = Path(__file__).parent / "results" / "false_alarms.json"
 RUNS = 200
@@ -48,17 +55,22 @@ COLUMNS = {"city": 5, "length": 4, "topic": 12}
 """Columns of slices, each with so many values, the first the most frequent."""
 
 
+MEAN_ODDS, SHARED_SD, OWN_SD = 1.5, 2.0, 1.0
+"""Of the items' log-odds of being right: the mean, and the spread that arms share and do not."""
+
+
 def draw_predictions(
-    rng: np.random.Generator, arms: tuple[str, ...], seeds: int, rows: int, sd: float
-) -> SplitPredictions:
+    rng: np.random.Generator, arms: tuple[str, ...], seeds: int, rows: int, sd: float,
+    ahead: float = 0.0,
+) -> SplitPredictions:  # fmt: skip
     """Draw what equally good arms predict: items have a difficulty that arms and seeds share, and
-    each seed of an arm has log-odds of its own."""
+    each seed of an arm has log-odds of its own. The log-odds of the first arm are `ahead`."""
     labels = rng.integers(0, 2, rows)
-    shared = 1.5 + 2.0 * rng.standard_normal(rows)
+    shared = MEAN_ODDS + SHARED_SD * rng.standard_normal(rows)
     predictions: dict[str, np.ndarray] = {}
     for arm in arms:
-        odds = shared + rng.standard_normal(rows) + sd * rng.standard_normal((seeds, 1))
-        right = rng.random((seeds, rows)) < expit(odds)
+        odds = shared + OWN_SD * rng.standard_normal(rows) + sd * rng.standard_normal((seeds, 1))
+        right = rng.random((seeds, rows)) < expit(odds + (ahead if arm == arms[0] else 0.0))
         predictions[arm] = np.where(right, labels, 1 - labels)
     return SplitPredictions(labels, np.arange(rows), predictions)
 
@@ -102,6 +114,89 @@ def _draw_column(rng: np.random.Generator, name: str, count: int, rows: int) -> 
         for value in np.unique(values)
     ]
     return SlicedColumn(name, slices)
+
+
+def judge_negative_transfer(runs: int) -> list[dict[str, Any]]:
+    """Count the runs whose verdict says that transfer is negative."""
+    return _judge_verdicts(runs, 0, ("own", "scratch", "classical"), "negative transfer")
+
+
+def judge_head_better(runs: int) -> list[dict[str, Any]]:
+    """Count the runs whose verdict says that the frozen encoder is better."""
+    return _judge_verdicts(runs, 1, ("own", "scratch", "head"), "the frozen encoder with a linear")
+
+
+def judge_adaptation_harm(runs: int) -> list[dict[str, Any]]:
+    """Count the runs whose verdict says that adaptation did harm."""
+    return _judge_verdicts(runs, 2, ("own", "scratch", "source"), "adaptation did harm")
+
+
+def _judge_verdicts(
+    runs: int, stream: int, arms: tuple[str, ...], alarm: str
+) -> list[dict[str, Any]]:
+    """Count the runs with a reason that starts so; each stream has draws of its own."""
+    results = []
+    for seeds, rows, sd in itertools.product((3, 8), (400, 1500), (0.05, 0.2)):
+        rng = np.random.default_rng([seeds, rows, round(100 * sd), stream])
+        reasons = [draw_reasons(rng, arms, seeds, rows, sd) for _ in range(runs)]
+        count = sum(any(reason.startswith(alarm) for reason in own) for own in reasons)
+        setting = {"seeds": seeds, "rows": rows, "seed_sd": sd}
+        results.append(setting | {"runs": runs, "alarms": count})
+    return results
+
+
+def draw_reasons(
+    rng: np.random.Generator, arms: tuple[str, ...], seeds: int, rows: int, sd: float,
+    ahead: float = 0.0,
+) -> list[str]:  # fmt: skip
+    """Return the reasons of the verdict on a drawn run, see `draw_predictions`."""
+    over = _draw_gains(rng, arms, seeds, rows, sd, ahead)
+    gain = select_lesser_gain({arm: over[arm] for arm in GAIN_BASELINES if arm in over})
+    return decide_verdict(gain, over.get("head"), 0.0, over.get("source")).reasons
+
+
+def _draw_gains(
+    rng: np.random.Generator, arms: tuple[str, ...], seeds: int, rows: int, sd: float, ahead: float
+) -> dict[str, Gain]:
+    """Return the gain of the first arm over each other one, as a run computes it."""
+    test = draw_predictions(rng, arms, seeds, rows, sd, ahead)
+    rights = {
+        arm: (predicted == test.labels).astype(np.int8)
+        for arm, predicted in test.predictions.items()
+    }
+    return {arm: compute_row_gain(rights[arms[0]] - rights[arm]) for arm in arms[1:]}
+
+
+def judge_equivalent(runs: int) -> list[dict[str, Any]]:
+    """Count the runs whose gain is said to be practically none, where it is the margin itself.
+
+    So many rows, as of fewer no interval fits between the margins.
+    """
+    results = []
+    for seeds, rows, sd in itertools.product((3, 8), (20_000,), (0.0, 0.02)):
+        rng = np.random.default_rng([seeds, rows, round(100 * sd)])
+        ahead = find_odds(MARGIN, sd)
+        alarms = sum(is_equivalent(rng, seeds, rows, sd, ahead) for _ in range(runs))
+        setting = {"seeds": seeds, "rows": rows, "seed_sd": sd}
+        results.append(setting | {"runs": runs, "alarms": alarms})
+    return results
+
+
+def is_equivalent(
+    rng: np.random.Generator, seeds: int, rows: int, sd: float, ahead: float = 0.0
+) -> bool:
+    """Return whether the gain of a drawn run is said to be practically none."""
+    gains = _draw_gains(rng, ("own", "scratch"), seeds, rows, sd, ahead)
+    return gains["scratch"].outcome == "equivalent"
+
+
+def find_odds(gain: float, sd: float) -> float:
+    """Return the log-odds by which an arm must be ahead to be right in so many more of all rows."""
+    spread = (SHARED_SD**2 + OWN_SD**2 + sd**2) ** 0.5
+    odds = MEAN_ODDS + spread * ndtri((np.arange(2000) + 0.5) / 2000)
+    ahead = np.linspace(-1, 1, 2001)
+    gains = expit(odds + ahead[:, None]).mean(1) - expit(odds).mean()
+    return float(np.interp(gain, gains, ahead))
 
 
 def judge_label_shift(runs: int) -> list[dict[str, Any]]:
@@ -248,18 +343,25 @@ def has_exchanged_labels(
     return find_exchange(predicted, written, names, None) is not None
 
 
-PARTS: dict[str, Callable[[int], list[dict[str, Any]]]] = {
+PARTS: dict[str, Part] = {
+    "negative_transfer": judge_negative_transfer,
+    "head_better": judge_head_better,
+    "adaptation_harm": judge_adaptation_harm,
+    "equivalent": judge_equivalent,
     "slices": judge_slices,
     "label_shift": judge_label_shift,
     "predicted_shift": judge_predicted_shift,
     "label_map": judge_label_maps,
 }
 WORDS = {
+    "negative_transfer": "negative transfer", "head_better": "head is better",
+    "adaptation_harm": "adaptation did harm", "equivalent": "practically no gain",
     "slices": "a slice loses", "label_shift": "label shift of a table",
     "predicted_shift": "label shift of unlabelled inputs", "label_map": "exchanged labels",
 }  # fmt: skip
 LEVELS = {
-    "slices": SLICE_LEVEL, "label_shift": row_faults.LEVEL,
+    "negative_transfer": 0.05, "head_better": 0.025, "adaptation_harm": 0.025,
+    "equivalent": 0.025, "slices": SLICE_LEVEL, "label_shift": row_faults.LEVEL,
     "predicted_shift": label_faults.LEVEL, "label_map": HALF_LEVEL,
 }  # fmt: skip
 """The share of runs without a fault that a test may call faulty, at most."""
@@ -267,30 +369,16 @@ LEVELS = {
 
 def format_table(result: dict[str, Any]) -> list[str]:
     """Return a line for each part: the fewest and the most alarms over its settings."""
-    return [
-        f"{WORDS[part]}: {min(row['alarms'] for row in result[part])} to "
-        f"{max(row['alarms'] for row in result[part])} of {result[part][0]['runs']} runs without "
-        f"one ({len(result[part])} settings)"
-        for part in PARTS
-        if part in result
-    ]
-
-
-def main() -> None:
-    """Run the parts named, all without names, and write and print what they gave."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", help=", ".join(PARTS))
-    parser.add_argument("--runs", type=int, default=RUNS)
-    given = parser.parse_args()
-    result = json.loads(RESULT.read_text("utf-8")) if RESULT.exists() else {}
-    for part in given.parts or PARTS:
-        result[part] = PARTS[part](given.runs)
-        for row in result[part]:
-            print(part, row)
-        result["table"] = format_table(result)
-        RESULT.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    print("\n".join(result["table"]))
+    lines = []
+    for part in PARTS:
+        if rows := result.get(part):
+            alarms, runs = ([row[key] for row in rows] for key in ("alarms", "runs"))
+            lines.append(
+                f"{WORDS[part]}: {min(alarms)} to {max(alarms)} of {runs[0]} runs without one "
+                f"({len(rows)} settings, {sum(alarms) / sum(runs):.1%} of all)"
+            )
+    return lines
 
 
 if __name__ == "__main__":
-    main()
+    run_parts(__doc__, PARTS, RUNS, RESULT, format_table)

