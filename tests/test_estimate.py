@@ -176,6 +176,7 @@ def test_blocks_that_run_once_a_row_are_counted_once(
 
 def test_every_training_arm_is_timed(tree: dict[str, Any]) -> None:
     tree["measure"]["arms"] = ["scratch", "head", {"lora": {}}, {"partial": {"finetune.blocks": 1}}]
+    tree["data"]["shots"] = 3  # Steps are timed on rows that are trained on.
     recipe = Recipe.parse(tree)
     costs = measure_costs(bench_of(recipe), recipe.arms)
     assert costs.step.keys() == {"full", "scratch", "lora", "partial"}

@@ -229,10 +229,15 @@ def _hold_used_tokens(
     context: ExperimentContext, model: nn.Module, finetune: Finetune
 ) -> AbstractContextManager[None]:
     """Let the word vectors take part that do so in the training of the first seed."""
-    task, seed = context.prepared.task, context.seeds[0] if context.seeds else 0
+    task, seed = context.prepared.task, _get_first_seed(context)
     args = build_finetune_arguments(finetune.training, task, "unused", seed, context.device)
     encoder = get_encoder(model, get_model_spec(model))
     return train_used_tokens(context, encoder, finetune, args, seed)
+
+
+def _get_first_seed(context: ExperimentContext) -> int:
+    """Return the seed whose rows are timed; the first of a run, before one begins 0."""
+    return context.seeds[0] if context.seeds else 0
 
 
 def _compute_slowdown(passes: Mapping[str, PassTime]) -> float:
@@ -253,7 +258,7 @@ def _divide_time(passed: PassTime, rows: int) -> PassTime:
 def _collate_batch(context: ExperimentContext, finetune: Finetune) -> tuple[Batch, int]:
     """Return a batch of training rows, and its number of rows."""
     size = int(finetune.training.get("per_device_train_batch_size", TRAINER_BATCH))
-    rows = context.prepared.rows["train"][:size]
+    rows = context.select_train_rows(_get_first_seed(context))[:size]
     return context.inputs.collate([dict(row) for row in context.encode_rows(rows)]), len(rows)
 
 
