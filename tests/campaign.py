@@ -110,12 +110,13 @@ def reload_in_fork(command: list[str], **_: Any) -> Any:
     """Stand in for the fresh process of the reload check."""
     with tempfile.TemporaryDirectory() as place:
         out, err = Path(place, "out"), Path(place, "err")
-        with open(out, "w") as screen, open(err, "w") as errors:
-            pid = os.fork()
-            if pid == 0:
-                for name in [name for name in sys.modules if name.split(".")[0] == "hftl"]:
-                    del sys.modules[name]
-                os._exit(child(os.getcwd(), command[2:], screen, errors))
+        pid = os.fork()
+        if pid == 0:
+            for descriptor, file in ((1, out), (2, err)):
+                os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), descriptor)
+            for name in [name for name in sys.modules if name.split(".")[0] == "hftl"]:
+                del sys.modules[name]
+            os._exit(child(os.getcwd(), None, command[2:]))
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         return SimpleNamespace(returncode=code, stdout=out.read_text(), stderr=err.read_text())
 
