@@ -14,8 +14,10 @@ from scipy.linalg import sqrtm
 from scipy.spatial.distance import jensenshannon, pdist
 from scipy.stats import kstest, norm
 from support.command import Hftl
+from support.coverage import is_covered
 from test_feature_store import forwards
 
+from hftl.analysis import distance
 from hftl.analysis.distance import (
     classify_domains,
     compute_frechet,
@@ -26,6 +28,8 @@ from hftl.analysis.distance import (
 )
 from hftl.analysis.domains import check_size, compare_domains
 from hftl.analysis.facts import DistanceAnalysis
+from hftl.analysis.out_of_fold import fit_folds
+from hftl.analysis.probe import Probe
 from hftl.data.rows import Row
 from hftl.errors import DataError
 
@@ -159,26 +163,54 @@ def test_intervals_hold_the_truth() -> None:
 @pytest.mark.slow
 def test_intervals_hold_the_truth_in_1000() -> None:
     covered = cover_distances(1000)
-    assert all(0.93 <= share <= 0.97 for share in covered.values()), covered
+    assert all(is_covered(share, 1000) for share in covered.values()), covered
 
 
-def cover_a_distance(trials: int, shift: float = 1.0) -> float:
-    """Return how often the interval of the A-distance holds that of the best classifier."""
-    hits, truth = [], 2 - 4 * norm.sf(shift / 2)
-    for seed in range(10**7, 10**7 + 2 * trials, 2):
-        a = classify_domains(draw(200, 5, seed), draw(200, 5, seed + 1, shift)).a_distance
-        hits.append(a.low <= truth <= a.high)
-    return float(np.mean(hits))
+def cover_a_distance(trials: int, shift: float, patch: pytest.MonkeyPatch) -> float:
+    """Return how often the interval of the A-distance holds what such classifiers attain.
+
+    That is their mean over all trials. The best classifier surpasses it where domains are near: at
+    a shift of .3 it errs on .440, and those of 320 rows on about .452.
+    """
+    fitted: list[list[Probe]] = []
+
+    def fit(*args: Any) -> tuple[np.ndarray, list[Probe]]:
+        folds, probes = fit_folds(*args)
+        fitted.append(probes)
+        return folds, probes
+
+    patch.setattr(distance, "fit_folds", fit)
+    seeds = range(10**7, 10**7 + 2 * trials, 2)
+    distances = [
+        classify_domains(draw(200, 5, seed), draw(200, 5, seed + 1, shift)).a_distance
+        for seed in seeds
+    ]
+    attained = [compute_error(probe, shift) for probes in fitted for probe in probes]
+    truth = 2 - 4 * float(np.mean(attained))
+    return float(np.mean([a.low <= truth <= a.high for a in distances]))
 
 
-def test_interval_of_the_a_distance_holds_the_best_classifiers() -> None:
-    assert cover_a_distance(20) >= 0.75
+def compute_error(probe: Probe, shift: float) -> float:
+    """Return on how many a classifier errs of two unit Gaussians, `shift` apart in one feature."""
+    weight, bias = probe.weight[1] - probe.weight[0], float(probe.bias[1] - probe.bias[0])
+    length = float(np.linalg.norm(weight)) or 1.0
+    upper = norm.sf((bias + weight[0] * shift) / length)
+    return float(norm.cdf(bias / length) + upper) / 2
+
+
+def test_interval_of_the_a_distance_holds_what_classifiers_attain(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert cover_a_distance(20, 1.0, monkeypatch) >= 0.75
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shift", [0.0, 1.0])
-def test_interval_of_the_a_distance_holds_it_in_700(shift: float) -> None:
-    assert 0.93 <= cover_a_distance(700, shift) <= 0.97
+@pytest.mark.parametrize("shift", [0.0, 0.3, 1.0])
+def test_interval_of_the_a_distance_holds_it_in_700(
+    shift: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    covered = cover_a_distance(700, shift, monkeypatch)
+    assert is_covered(covered, 700), covered
 
 
 def draw_documents(seed: int, documents: int = 30, shift: float = 0.0) -> np.ndarray:
@@ -224,7 +256,7 @@ def test_sentences_of_a_document_count_once() -> None:
 @pytest.mark.slow
 def test_intervals_of_documents_hold_the_truth_in_300() -> None:
     _, grouped, held, plain = map(np.array, zip(*compare_documents(300, 1.0), strict=True))
-    assert np.mean(held) >= 0.92 and np.mean(plain) < 0.85, (np.mean(held), np.mean(plain))
+    assert is_covered(np.mean(held), 300) and np.mean(plain) < 0.85, (held.mean(), plain.mean())
     assert np.mean(grouped < 0.05) > 0.8
 
 

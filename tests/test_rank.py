@@ -11,6 +11,7 @@ import pytest
 import yaml
 from conftest import sentences
 from support.command import Hftl
+from support.coverage import is_covered
 from support.tiny import save_tiny
 from transformers import AutoModel
 
@@ -63,7 +64,7 @@ def test_rank_intervals_hold_the_true_rank() -> None:
 @pytest.mark.slow
 def test_rank_intervals_hold_the_true_rank_in_500() -> None:
     covered, gaps, width = simulate_ranks(500, 1000)
-    assert covered >= 0.9 and 0.93 <= gaps <= 0.97 and width < 3
+    assert covered >= 0.9 and is_covered(gaps, 500) and width < 3, (covered, gaps, width)
 
 
 def test_equal_scores_may_have_any_rank_and_a_clear_winner_has_one() -> None:

@@ -7,11 +7,13 @@ import pytest
 from scipy.optimize import minimize
 from scipy.stats import multivariate_normal
 from sklearn.covariance import LedoitWolf
+from sklearn.decomposition import PCA
 from sklearn.neighbors import KNeighborsClassifier
 
 from hftl.analysis import transferability as module
 from hftl.analysis.nearest import predict_by_neighbours, predict_left_out
 from hftl.analysis.transferability import (
+    CentredFeatures,
     apply_head,
     compute_cluster_probabilities,
     compute_gbc,
@@ -28,6 +30,10 @@ def draw(rows: int, width: int, classes: int, seed: int = 0) -> tuple[np.ndarray
     labels = np.arange(rows) % classes
     centres = rng.normal(size=(classes, width))
     return rng.normal(size=(rows, width)) + 0.7 * centres[labels], labels
+
+
+def centre(features: np.ndarray) -> CentredFeatures:
+    return CentredFeatures.compute(features)
 
 
 def maximize_gaussian_process(features: np.ndarray, target: np.ndarray) -> float:
@@ -85,7 +91,7 @@ def test_h_score_is_the_trace_of_two_covariances(rows: int, width: int) -> None:
     means = np.stack([features[labels == c].mean(0) for c in labels])
     between = np.cov(means.T, bias=True) * (1 - fitted.shrinkage_)
     expected = np.trace(np.linalg.inv(fitted.covariance_) @ between)
-    assert compute_h_score(features, labels) == pytest.approx(expected, rel=1e-6)
+    assert compute_h_score(centre(features), labels) == pytest.approx(expected, rel=1e-6)
 
 
 def test_h_score_without_shrinkage_says_nothing_of_wide_features() -> None:
@@ -96,7 +102,7 @@ def test_h_score_without_shrinkage_says_nothing_of_wide_features() -> None:
     means = np.stack([centred[labels == c].mean(0) for c in labels])
     plain = np.trace(np.linalg.pinv(np.cov(centred.T)) @ np.cov(means.T))
     assert plain == pytest.approx(2.0)
-    assert compute_h_score(features, labels) < 0.5
+    assert compute_h_score(centre(features), labels) < 0.5
 
 
 def test_leep_and_nce_are_sums_over_rows_and_classes() -> None:
@@ -125,11 +131,11 @@ def test_leep_and_nce_are_sums_over_rows_and_classes() -> None:
 def test_clusters_separate_what_lies_apart() -> None:
     features, labels = draw(300, 20, 2)
     apart = features + 20 * labels[:, None]
-    posteriors = compute_cluster_probabilities(apart, 2)
+    posteriors = compute_cluster_probabilities(centre(apart), 2)
     assert posteriors.shape == (300, 10) and np.allclose(posteriors.sum(1), 1)
     assert compute_leep(posteriors, labels) > -1e-6
     noise = np.random.default_rng(3).normal(size=features.shape)
-    assert compute_leep(compute_cluster_probabilities(noise, 2), labels) < -0.5
+    assert compute_leep(compute_cluster_probabilities(centre(noise), 2), labels) < -0.5
 
 
 def coding_rate(features: np.ndarray) -> float:
@@ -146,10 +152,10 @@ def test_transrate_in_both_weightings() -> None:
     inside = [coding_rate(scaled[labels == c]) for c in (0, 1)]
     by_rows = coding_rate(scaled) - (50 * inside[0] + 10 * inside[1]) / 60
     by_class = coding_rate(scaled) - sum(inside) / 2
-    assert compute_transrate(features, labels) == pytest.approx(by_rows, rel=1e-9)
-    assert compute_transrate(features, labels, by_rows=False) == pytest.approx(by_class, rel=1e-9)
+    expected = pytest.approx((by_rows, by_class), rel=1e-9)
+    assert compute_transrate(centre(features), labels) == expected
     assert abs(by_rows - by_class) > 0.01
-    assert compute_transrate(9 * features, labels) == pytest.approx(by_rows, rel=1e-9)
+    assert compute_transrate(centre(9 * features), labels) == expected
 
 
 @pytest.mark.parametrize("spherical", [True, False])
@@ -170,7 +176,19 @@ def test_gbc_is_the_overlap_of_the_classes_gaussians(spherical: bool) -> None:
                 distance = gap @ np.linalg.inv(middle) @ gap / 8
                 distance += math.log(dets[0] / math.sqrt(dets[1] * dets[2])) / 2
                 expected -= math.exp(-distance)
-    assert compute_gbc(features, labels, spherical) == pytest.approx(expected, rel=1e-9)
+    assert compute_gbc(centre(features), labels, spherical) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(90, 12), (30, 50)])
+def test_principal_components_are_those_of_scikit_learn(shape: tuple[int, int]) -> None:
+    features = np.random.default_rng(0).normal(size=shape) * np.geomspace(5, 0.1, shape[1])
+    reduced, reference = centre(features).reduce(7), PCA(7, svd_solver="full").fit(features)
+    np.testing.assert_allclose(abs(reduced), abs(reference.transform(features)), atol=1e-8)
+    held = np.cumsum(reference.explained_variance_ratio_)
+    assert centre(features).reduce(7, 0.6).shape[1] == int(np.searchsorted(held, 0.6)) + 1
+    alike = centre(np.ones(shape, dtype=np.float32))
+    assert not alike.reduce(7).any() and compute_h_score(alike, np.arange(shape[0]) % 2) == 0
+    assert compute_transrate(alike, np.arange(shape[0]) % 2) == (0, 0)
 
 
 def test_apply_head_is_the_softmax_of_the_layer() -> None:

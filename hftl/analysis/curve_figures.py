@@ -27,19 +27,35 @@ def compute_area(sizes: np.ndarray, points: np.ndarray) -> np.ndarray:
     return np.trapezoid(points, logs, axis=-1) / (logs[-1] - logs[0])
 
 
-def _find_needed(sizes: np.ndarray, points: np.ndarray, target: float) -> float:
-    """Return the labels at which a curve, made monotone, reaches a score; inf beyond its end."""
-    from sklearn.isotonic import isotonic_regression
+def make_monotone(points: np.ndarray) -> np.ndarray:
+    """Return the nearest rising curves, of (..., sizes): isotonic regression of many at once.
 
-    rising = isotonic_regression(points)
-    if target > rising[-1]:
-        return np.inf
-    place = int(np.argmax(rising >= target))
-    if place == 0:
-        return float(sizes[0])
-    low, high = rising[place - 1], rising[place]
-    share = (target - low) / (high - low)
-    return float(np.exp(np.log(sizes[place - 1]) * (1 - share) + np.log(sizes[place]) * share))
+    Its value at k is max over i <= k of min over j >= k of the mean of i to j (Robertson, Wright &
+    Dykstra 1988, Order Restricted Statistical Inference, section 1.4).
+    """
+    sums = np.concatenate([np.zeros((*points.shape[:-1], 1)), np.cumsum(points, -1)], -1)
+    places = range(points.shape[-1])
+
+    def average(first: int, last: int) -> np.ndarray:
+        return (sums[..., last + 1] - sums[..., first]) / (last + 1 - first)
+
+    return np.stack([
+        np.max([np.min([average(i, j) for j in places[k:]], 0) for i in places[: k + 1]], 0)
+        for k in places
+    ], -1)  # fmt: skip
+
+
+def _find_needed(sizes: np.ndarray, rising: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Return the labels at which rising curves, (curves, sizes), reach a score each, (curves,).
+
+    They are interpolated in the logarithm; inf beyond a curve's end.
+    """
+    place = np.maximum(np.argmax(rising >= targets[:, None], axis=1), 1)
+    low, high = (np.take_along_axis(rising, p[:, None], 1)[:, 0] for p in (place - 1, place))
+    gap = np.where(high > low, high - low, 1.0)
+    share = np.clip((targets - low) / gap, 0, 1)
+    needed = sizes[place - 1] * (sizes[place] / sizes[place - 1]) ** share
+    return np.where(targets > rising[:, -1], np.inf, needed)
 
 
 def compare_labels(
@@ -58,16 +74,12 @@ def compare_labels(
         own_draws: (draws, sizes).
         other_draws: (draws, sizes).
     """
-    from sklearn.isotonic import isotonic_regression
-
     ratios = []
+    rising = make_monotone(np.vstack([other, other_draws]))
     for place, size in enumerate(sizes):
-        value = _find_needed(sizes, other, own[place]) / size
-        is_enough = bool(isotonic_regression(other)[0] > own[place])
-        drawn = [
-            _find_needed(sizes, curve, target) / size
-            for curve, target in zip(other_draws, own_draws[:, place], strict=True)
-        ]
+        targets = np.append(own[place], own_draws[:, place])
+        value, *drawn = _find_needed(sizes, rising, targets) / size
+        is_enough = bool(rising[0, 0] > own[place])
         ratios.append(_summarize(value, np.array(drawn))._replace(is_at_most=is_enough))
     return ratios
 

@@ -15,7 +15,7 @@ from hftl.analysis.distance import Distance
 from hftl.analysis.facts import DistanceAnalysis, DomainFacts, DomainPair, Estimate, SiteFacts
 from hftl.analysis.feature_store import FeatureStore, describe_provenance
 from hftl.analysis.out_of_fold import deal_groups
-from hftl.analysis.transferability import reduce_width
+from hftl.analysis.transferability import CentredFeatures
 from hftl.config.data import Table
 from hftl.config.recipe import Recipe
 from hftl.data.image_inputs import ImageInputs
@@ -234,7 +234,7 @@ def _compare(a: Domain, b: Domain, context: ExperimentContext) -> DomainPair:
 
 def _compute_frechet(first: np.ndarray, second: np.ndarray, groups: np.ndarray | None) -> Distance:
     """Return the extrapolated Frechet distance in the principal components of both sets."""
-    reduced = reduce_width(np.concatenate([first, second]), FRECHET_WIDTH)
+    reduced = CentredFeatures.compute(np.concatenate([first, second])).reduce(FRECHET_WIDTH)
     return distance.extrapolate_frechet(reduced[: len(first)], reduced[len(first) :], groups)
 
 

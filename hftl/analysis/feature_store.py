@@ -5,7 +5,7 @@ pass adds one part after the other, which is complete or absent. Commands that r
 share them, whatever they compute.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -110,6 +110,13 @@ class FeatureStore:
         """Return the features at a site, (outputs of all rows, width) float32, row after row."""
         self.compute(rows)
         return self._store.gather([_hash_content(row) for row in rows], self._columns[site])
+
+    def iterate_sites(self, rows: list[Row]) -> Iterator[tuple[LayerSite, np.ndarray]]:
+        """Yield every site and the features there, as `get` returns them."""
+        self.compute(rows)
+        keys = [_hash_content(row) for row in rows]
+        for site in self.sites:
+            yield site, self._store.gather(keys, self._columns[site])
 
     def _build_model(self) -> LoadedModel:
         """Return the stock class, where there is one; of texts that of classes, whatever is asked

@@ -151,7 +151,9 @@ def _score_source(
     started = time.perf_counter()
     targets, groups = context.prepared.encode_targets(rows), context.group_outputs(rows)
     columns = encode_columns(targets, context.num_outputs)
-    evidence = {site: _compute_evidence(store.get(rows, site), columns) for site in store.sites}
+    evidence = {
+        site: _compute_evidence(features, columns) for site, features in store.iterate_sites(rows)
+    }
     best = max(evidence, key=lambda site: evidence[site])
     features = store.get(rows, best)
     intercept = has_head_bias(context.source, context.prepared.task, best.pooling)
@@ -184,19 +186,20 @@ def _score_classes(
     from sklearn.exceptions import ConvergenceWarning
 
     known = np.flatnonzero(np.isfinite(features).all(1))[:MAX_SCORED]
-    features = features[known]
+    centred = transfer.CentredFeatures.compute(features[known])
     _, labels = np.unique(targets[known], return_inverse=True)
     with warnings.catch_warnings():
         # A mixture that still moves a little is as good a source classifier.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        clusters = transfer.compute_cluster_probabilities(features, int(labels.max()) + 1)
+        clusters = transfer.compute_cluster_probabilities(centred, int(labels.max()) + 1)
+    transrate = transfer.compute_transrate(centred, labels)
     scores = {
-        "h_score": transfer.compute_h_score(features, labels),
+        "h_score": transfer.compute_h_score(centred, labels),
         "nleep": transfer.compute_leep(clusters, labels),
         "nce": transfer.compute_nce(clusters.argmax(1), labels),
-        "transrate": transfer.compute_transrate(features, labels),
-        "transrate_by_class": transfer.compute_transrate(features, labels, by_rows=False),
-        "gbc": transfer.compute_gbc(features, labels),
+        "transrate": transrate.by_rows,
+        "transrate_by_class": transrate.by_class,
+        "gbc": transfer.compute_gbc(centred, labels),
     }
     own = _predict_source_classes(context, store, rows)
     if own is not None:

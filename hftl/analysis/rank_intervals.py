@@ -24,10 +24,11 @@ def bootstrap_scores(
     order = np.argsort(units, kind="stable")
     members = np.split(order, np.cumsum(np.bincount(units[order]))[:-1])
     members = [rows for rows in members if len(rows)]
+    are_single = len(members) == len(units)
     values = np.empty((draws, count))
     for number in range(draws):
         picked = draw.integers(0, len(members), len(members))
-        rows = np.concatenate([members[i] for i in picked])
+        rows = order[picked] if are_single else np.concatenate([members[i] for i in picked])
         values[number] = [score(i, rows) for i in range(count)]
     return values
 

@@ -2,8 +2,12 @@
 
 Features are (rows, width), labels (rows,) class ids without gaps. Compared by You et al. 2021
 (LogME) and Ibrahim et al. 2021 (shrinkage); Agostinelli et al. 2022 (arXiv:2204.01403) show that no
-score wins everywhere, so a table holds several beside the accuracy of plain probes.
+score wins everywhere, so a table holds several beside the accuracy of plain probes. Scores that do
+not depend on the mean read `CentredFeatures`, whose decomposition they share.
 """
+
+from dataclasses import dataclass
+from typing import NamedTuple, Self
 
 import numpy as np
 from scipy.special import logsumexp
@@ -16,6 +20,45 @@ SMALLEST_RATIO, LARGEST_RATIO = 1e-10, 1e8
 """Of noise to weights in LogME, relative to the mean squared singular value."""
 NEGLIGIBLE = 1e-13
 """A squared singular value below this share of the largest is rounding."""
+
+
+@dataclass(frozen=True)
+class CentredFeatures:
+    """Hold features less their mean, (rows, width) float64, and their principal directions.
+
+    `squares` (directions,) are the eigenvalues of their scatter, the largest first, and
+    `directions` (width, directions) its vectors. Scores in float64 do not depend on the order of
+    sums.
+    """
+
+    rows: np.ndarray
+    squares: np.ndarray
+    directions: np.ndarray
+
+    @classmethod
+    def compute(cls, features: np.ndarray) -> Self:
+        """Decompose features, (rows, width).
+
+        A direction that they fill with rounding counts as none; rows that are all alike, as the
+        first token's embedding is, have none.
+        """
+        rows = features.astype(np.float64) - features.mean(0, dtype=np.float64)
+        if not np.ptp(features, axis=0).any():
+            return cls(np.zeros_like(rows), np.zeros(0), np.zeros((rows.shape[1], 0)))
+        is_wide = len(rows) <= rows.shape[1]
+        squares, vectors = np.linalg.eigh(rows @ rows.T if is_wide else rows.T @ rows)
+        present = np.flatnonzero(squares > NEGLIGIBLE * squares[-1])[::-1]
+        squares, vectors = squares[present], vectors[:, present]
+        return cls(rows, squares, rows.T @ vectors / squares**0.5 if is_wide else vectors)
+
+    def reduce(self, width: int, share: float = 1.0) -> np.ndarray:
+        """Return the principal components, at most `width`, and no more than hold a share of
+        variance; one of 0 where there is none."""
+        if not len(self.squares):
+            return np.zeros((len(self.rows), 1))
+        held = np.cumsum(self.squares) / self.squares.sum()
+        count = min(width, int(np.searchsorted(held, share)) + 1, len(held))
+        return self.rows @ self.directions[:, :count]
 
 
 def compute_logme(features: np.ndarray, targets: np.ndarray) -> float:
@@ -35,10 +78,7 @@ def compute_logme(features: np.ndarray, targets: np.ndarray) -> float:
     targets = targets.astype(np.float64).reshape(len(targets), -1)
     squares, energies = _decompose(wide, targets)
     rest = np.maximum((targets**2).sum(0) - energies.sum(0), 0.0)
-    return float(np.mean([
-        _maximize_evidence(squares, energies[:, i], rest[i], len(targets))
-        for i in range(targets.shape[1])
-    ]))  # fmt: skip
+    return float(np.mean(_maximize_evidence(squares, energies, rest, len(targets))))
 
 
 def _decompose(features: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -59,36 +99,48 @@ def _decompose(features: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, n
     return squares, projected * np.divide(1.0, squares, out=np.zeros(width), where=present)[:, None]
 
 
-def _maximize_evidence(squares: np.ndarray, energies: np.ndarray, rest: float, rows: int) -> float:
-    """Return the largest evidence a row over the ratio alpha / beta.
+def _maximize_evidence(
+    squares: np.ndarray, energies: np.ndarray, rest: np.ndarray, rows: int
+) -> list[float]:
+    """Return the largest evidence a row over the ratio alpha / beta, one for each output.
 
     Args:
         squares: the squared singular values.
-        energies: the squared targets in the basis of the left singular vectors.
-        rest: the squared targets outside of it.
+        energies: (values, outputs) the squared targets in the basis of the left singular vectors.
+        rest: (outputs,) the squared targets outside of it.
         rows: of the features.
     """
     from scipy.optimize import minimize_scalar
 
     outside = rows - len(squares)
     scale = float(squares.mean()) or 1.0
+    floor = np.finfo(np.float64).tiny
 
-    def negative(log_ratio: float) -> float:
-        ratio = np.exp(log_ratio) * scale
-        variances = squares + ratio
-        misfit = float((energies / variances).sum()) + (rest / ratio if outside else 0.0)
-        log_det = float(np.log(variances).sum()) + outside * np.log(ratio)
-        floor = np.finfo(np.float64).tiny
-        return rows / 2 * (np.log(2 * np.pi * max(misfit / rows, floor)) + 1) + log_det / 2
+    def compute(log_ratios: np.ndarray, outputs: slice) -> np.ndarray:
+        """Return minus the log evidence, (ratios, outputs)."""
+        ratios = np.exp(log_ratios)[:, None] * scale
+        variances = squares + ratios
+        misfit = (1 / variances) @ energies[:, outputs]
+        if outside:
+            misfit += rest[outputs] / ratios
+        log_det = np.log(variances).sum(1, keepdims=True) + outside * np.log(ratios)
+        return rows / 2 * (np.log(2 * np.pi * np.maximum(misfit / rows, floor)) + 1) + log_det / 2
 
     grid = np.linspace(np.log(SMALLEST_RATIO), np.log(LARGEST_RATIO), 80)
-    best = int(np.argmin([negative(point) for point in grid]))
-    bounds = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
-    optimum = minimize_scalar(negative, bounds=bounds, method="bounded", options={"xatol": 1e-9})
-    return -min(float(optimum.fun), negative(grid[best])) / rows
+    coarse = compute(grid, slice(None))
+    evidences = []
+    for output, best in enumerate(coarse.argmin(0)):
+        own = slice(output, output + 1)
+        optimum = minimize_scalar(
+            lambda point, own=own: float(compute(np.array([point]), own)[0, 0]),
+            bounds=(grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]),
+            method="bounded", options={"xatol": 1e-9},
+        )  # fmt: skip
+        evidences.append(-min(float(optimum.fun), float(coarse[best, output])) / rows)
+    return evidences
 
 
-def compute_h_score(features: np.ndarray, labels: np.ndarray) -> float:
+def compute_h_score(features: CentredFeatures, labels: np.ndarray) -> float:
     """Return tr(S^-1 (1 - a) B): the share of the features' variance that the classes explain.
 
     S is the Ledoit-Wolf covariance with its shrinkage a, B the covariance of the class means
@@ -96,16 +148,15 @@ def compute_h_score(features: np.ndarray, labels: np.ndarray) -> float:
     classes less one for any features wider than the rows are many (Bao et al. 2019). Both
     covariances divide by the rows.
     """
-    from sklearn.covariance import LedoitWolf
+    from sklearn.covariance import ledoit_wolf_shrinkage
 
-    centred = features.astype(np.float64) - features.mean(0, dtype=np.float64)
-    estimate = LedoitWolf(assume_centered=True).fit(centred)
-    counts = np.bincount(labels)
-    means = np.stack([centred[labels == c].mean(0) for c in range(len(counts))])
-    weighted = means * (counts / len(labels))[:, None]
-    # Features that never vary leave no covariance to invert.
-    solved = np.linalg.lstsq(np.asarray(estimate.covariance_), means.T, rcond=1e-12)[0]
-    return float((1 - estimate.shrinkage_) * np.sum(weighted * solved.T))
+    rows, counts = features.rows, np.bincount(labels)
+    shrinkage = float(ledoit_wolf_shrinkage(rows, assume_centered=True))
+    mean_variance = features.squares.sum() / rows.size
+    variances = (1 - shrinkage) * features.squares / len(rows) + shrinkage * mean_variance
+    means = np.stack([rows[labels == c].mean(0) for c in range(len(counts))])
+    projected = (means @ features.directions) ** 2 / variances
+    return (1 - shrinkage) * float(counts / len(rows) @ projected.sum(1))
 
 
 def compute_leep(probabilities: np.ndarray, labels: np.ndarray) -> float:
@@ -135,7 +186,9 @@ def compute_nce(source_labels: np.ndarray, labels: np.ndarray) -> float:
     return float(np.sum(joint * np.where(joint > 0, logs, 0.0)))
 
 
-def compute_cluster_probabilities(features: np.ndarray, classes: int, seed: int = 0) -> np.ndarray:
+def compute_cluster_probabilities(
+    features: CentredFeatures, classes: int, seed: int = 0
+) -> np.ndarray:
     """Return (rows, clusters) posteriors of a Gaussian mixture: a source classifier for encoders
     without one.
 
@@ -145,47 +198,52 @@ def compute_cluster_probabilities(features: np.ndarray, classes: int, seed: int 
     """
     from sklearn.mixture import GaussianMixture
 
-    reduced = reduce_width(features, PCA_WIDTH, 0.8)
-    clusters = max(2, min(CLUSTERS_PER_CLASS * classes, len(features) // 10))
+    reduced = features.reduce(PCA_WIDTH, 0.8)
+    clusters = max(2, min(CLUSTERS_PER_CLASS * classes, len(reduced) // 10))
     mixture = GaussianMixture(clusters, covariance_type="diag", reg_covar=1e-4, random_state=seed)
     return mixture.fit(reduced).predict_proba(reduced)
 
 
-def compute_transrate(features: np.ndarray, labels: np.ndarray, by_rows: bool = True) -> float:
-    """Return R(Z) - R(Z | Y), the coding rate in nats that the classes save (TransRate).
+class TransRate(NamedTuple):
+    """Hold the coding rate that classes save, each weighted by its rows, or all alike.
+
+    The definition weighs by rows; the public implementations do not, which favours rare classes.
+    """
+
+    by_rows: float
+    by_class: float
+
+
+def compute_transrate(features: CentredFeatures, labels: np.ndarray) -> TransRate:
+    """Return R(Z) - R(Z | Y), the coding rate in nats that the classes save.
 
     R(Z) = log det(I + Z^T Z / (rows eps)) / 2 of centred features (Huang et al. 2022,
     arXiv:2106.09362), scaled to a mean squared length of 1.
-
-    Args:
-        features: (rows, width).
-        labels: (rows,).
-        by_rows: weigh each class by its rows, as the definition does; False: all alike, as the
-            public implementations do, which favours rare classes.
     """
-    centred = features.astype(np.float64) - features.mean(0, dtype=np.float64)
-    length = float(np.mean((centred**2).sum(1))) ** 0.5
-    scaled = centred / (length or 1.0)
-    counts = np.bincount(labels)
-    weights = counts / len(labels) if by_rows else np.full(len(counts), 1 / len(counts))
-    within = [_compute_coding_rate(scaled[labels == c]) for c in range(len(counts))]
-    return _compute_coding_rate(scaled) - float(weights @ within)
+    square = float(features.squares.sum()) / len(labels) or 1.0
+    scaled, counts = features.rows / square**0.5, np.bincount(labels)
+    within = np.array([_compute_coding_rate(scaled[labels == c]) for c in range(len(counts))])
+    whole = _sum_coding_rate(features.squares / square, len(labels))
+    return TransRate(whole - float(counts / len(labels) @ within), whole - float(within.mean()))
 
 
-def _compute_coding_rate(features: np.ndarray) -> float:
-    wide = len(features) <= features.shape[1]
-    product = features @ features.T if wide else features.T @ features
-    squares = np.maximum(np.linalg.eigvalsh(product), 0.0)
-    return float(np.log1p(squares / (len(features) * CODING_PRECISION)).sum() / 2)
+def _compute_coding_rate(rows: np.ndarray) -> float:
+    is_wide = len(rows) <= rows.shape[1]
+    product = rows @ rows.T if is_wide else rows.T @ rows
+    return _sum_coding_rate(np.maximum(np.linalg.eigvalsh(product), 0.0), len(rows))
 
 
-def compute_gbc(features: np.ndarray, labels: np.ndarray, spherical: bool = True) -> float:
+def _sum_coding_rate(squares: np.ndarray, rows: int) -> float:
+    return float(np.log1p(squares / (rows * CODING_PRECISION)).sum() / 2)
+
+
+def compute_gbc(features: CentredFeatures, labels: np.ndarray, spherical: bool = True) -> float:
     """Return minus the sum over ordered pairs of classes of their Bhattacharyya coefficient (GBC).
 
     Classes are Gaussians with one variance, or one for each of at most 64 principal components
     (Pandy et al. 2022, arXiv:2111.12780).
     """
-    reduced = reduce_width(features, PCA_WIDTH)
+    reduced = features.reduce(PCA_WIDTH)
     classes = range(int(labels.max()) + 1)
     means = np.stack([reduced[labels == c].mean(0) for c in classes])
     variances = np.stack([reduced[labels == c].var(0) for c in classes])
@@ -201,26 +259,6 @@ def compute_gbc(features: np.ndarray, labels: np.ndarray, spherical: bool = True
                 spread = np.log(middle) - (np.log(variances[i]) + np.log(variances[j])) / 2
                 total -= float(np.exp(-distance - spread.sum() / 2))
     return total
-
-
-def reduce_width(features: np.ndarray, width: int, share: float | None = None) -> np.ndarray:
-    """Return the principal components, at most `width`, and no more than hold a share of variance.
-
-    They are float64, so that scores do not depend on the order of sums. Rows that are all alike, as
-    the first token's embedding is, have one component of 0.
-    """
-    from sklearn.decomposition import PCA
-
-    if not np.ptp(features, axis=0).any():
-        return np.zeros((len(features), 1))
-    most = min(width, *features.shape)
-    solver = "covariance_eigh" if len(features) > features.shape[1] else "full"
-    reduction = PCA(most, svd_solver=solver).fit(features.astype(np.float64))
-    count = most
-    if share is not None:
-        held = np.cumsum(reduction.explained_variance_ratio_)
-        count = min(most, int(np.searchsorted(held, share)) + 1)
-    return reduction.transform(features.astype(np.float64))[:, :count]
 
 
 def apply_head(features: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
