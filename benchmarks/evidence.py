@@ -1,16 +1,18 @@
 """Ask whether the numbers before training predict what training gives.
 
-    python benchmarks/assets.py movies tweets amazon nyt bbc
+    python benchmarks/assets.py movies tweets amazon nyt bbc clipart fashion
+    python benchmarks/assets.py smollm2 vit efficientnet    # these with pip install "hftl[timm]"
     python benchmarks/evidence.py zoo --budget 180      # again until it says that all is there
     python benchmarks/evidence.py report
 
-`zoo` makes 16 sources of one size class out of MiniLM: layers cut off, shuffled, noisy and random
-weights, a tokenizer that keeps capitals, siblings that were fine-tuned on other rows of each
-domain, and one on labels that mean nothing. On each of six targets every source is scored from its
-frozen features and then fine-tuned with few labels; the weighted Kendall's tau of each score with
-the accuracy on test says whether the score ranks sources. Of the domains that the siblings come
-from the distances to the targets are compared with what the siblings gained. Every step leaves a
-file in the work folder, so a stopped job goes on; `report` takes what is finished. Results:
+`zoo` makes sources out of MiniLM and of a small DINOv2: layers cut off, shuffled, noisy and random
+weights, wrong preprocessing, siblings that were fine-tuned on other rows of each target, and on
+labels that mean nothing. Beside them stand a decoder and a convolutional network, which are of
+another size. Every source is scored from its frozen features on each target that it can read, and
+then fine-tuned with few labels; the weighted Kendall's tau of each score with the accuracy on test
+says whether the score ranks sources. Of the domains that the siblings come from the distances to
+the targets are compared with what the siblings gained. Every step leaves a file in the work folder,
+so a stopped job goes on; `report` takes what is finished. Results:
 benchmarks/results/evidence.json and evidence.png.
 """
 
@@ -28,11 +30,11 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from evidence_images import IMAGE_TARGETS, list_image_zoo, write_image_tables
 from evidence_zoo import (
     DOMAINS,
     MINILM,
-    TARGETS,
-    list_zoo,
+    list_text_zoo,
     make_context,
     make_recipe,
     write_tables,
@@ -46,13 +48,19 @@ from hftl.finetune.arm import train_arm
 from hftl.pipeline.pipeline import silence_libraries
 from hftl.runtime.run_folder import to_json, write_text
 
-SHOTS, TEST_SHARE = 60, 0.5
+TEST_SHARE, SHOTS = 0.5, 60
+FEWER_SHOTS = {"bbc": 40, "clipart": 12, "garments": 12}
+RATES = {"smollm2": 1e-4, "efficientnet": 1e-3, "dinov2": 1e-4}
+"""Of fine-tuning the top blocks, by the first word of a source; of MiniLM and its like 5e-4."""
 SCORES = ("logme", "h_score", "nleep", "nce", "transrate", "gbc", "knn", "probe", "parameters")
 DISTANCES = ("a_distance", "mmd", "frechet", "word_divergence")
-KINDS: dict[str, Callable[[str], bool]] = {
-    "all sources": lambda name: True,
-    "MiniLM and siblings": lambda name: name == "minilm" or name.startswith("on-"),
+KINDS: dict[str, Callable[[str, str], bool]] = {
+    "all": lambda target, source: True,
+    "texts": lambda target, source: target in DOMAINS,
+    "pictures": lambda target, source: target in IMAGE_TARGETS,
+    "MiniLM, siblings": lambda target, source: source == "minilm" or source.startswith("on-"),
 }
+"""Pairs of a target and a source that a column of the report takes."""
 DRAWS = 1000
 RESULTS = Path(__file__).parent / "results" / "evidence.json"
 Step = tuple[Path, Callable[[], object]]
@@ -62,10 +70,11 @@ Step = tuple[Path, Callable[[], object]]
 def make_target_recipe(work: Path, source: str, target: str) -> Recipe:
     """Return the recipe of a source on a target: the top two blocks train on few labels."""
     folder = work / "zoo" / source
-    layers = json.loads((folder / "config.json").read_text("utf-8"))["num_hidden_layers"]
-    training = {"learning_rate": 5e-4, "num_train_epochs": 4, "per_device_train_batch_size": 16,
-                "warmup_steps": 0.1}  # fmt: skip
-    return make_recipe(str(folder), work / "targets" / f"{target}.csv", TEST_SHARE, SHOTS, {
+    layers = json.loads((folder / "config.json").read_text("utf-8")).get("num_hidden_layers", 2)
+    training = {"learning_rate": RATES.get(source.partition("-")[0], 5e-4), "num_train_epochs": 4,
+                "per_device_train_batch_size": 16, "warmup_steps": 0.1}  # fmt: skip
+    (table,) = (work / "targets").glob(f"{target}.*")
+    return make_recipe(str(folder), table, TEST_SHARE, FEWER_SHOTS.get(target, SHOTS), {
         "strategy": "partial", "blocks": min(2, layers), "training": training,
     })  # fmt: skip
 
@@ -101,17 +110,24 @@ def measure_distances(work: Path) -> dict[str, object]:
 
 
 def list_steps(assets: Path, work: Path) -> Iterator[Step]:
-    """Yield every step of the zoo, what others need first."""
+    """Yield every step of the zoo, what others need first, the slow decoder last."""
     yield work / "tables.json", lambda: write_tables(assets, work)
-    zoo = list_zoo(work)
-    for name, build in zoo.items():
-        yield work / "zoo" / f"{name}.json", partial(build, work / "zoo" / name)
+    yield work / "image-tables.json", lambda: write_image_tables(assets, work)
+    zoos = (list_text_zoo(assets, work), list_image_zoo(assets, work))
+    for zoo in zoos:
+        for name, build in zoo.items():
+            yield work / "zoo" / f"{name}.json", partial(build, work / "zoo" / name)
     yield work / "distances.json", lambda: measure_distances(work)
-    for target in TARGETS:
-        for name in zoo:
-            path = work / "pairs" / target
-            yield path / f"{name}-scores.json", partial(score_source, work, name, target)
-            yield path / f"{name}-tuned.json", partial(finetune_source, work, name, target)
+    pairs = [
+        (target, name)
+        for zoo, targets in zip(zoos, (DOMAINS, IMAGE_TARGETS), strict=True)
+        for target in targets
+        for name in zoo
+    ]
+    for target, name in sorted(pairs, key=lambda pair: pair[1] == "smollm2"):
+        path = work / "pairs" / target
+        yield path / f"{name}-scores.json", partial(score_source, work, name, target)
+        yield path / f"{name}-tuned.json", partial(finetune_source, work, name, target)
 
 
 def run_steps(steps: Iterator[Step], seconds: float) -> bool:
@@ -150,15 +166,15 @@ def read_pairs(work: Path) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def correlate_scores(
-    pairs: dict[str, dict[str, dict[str, float]]], only: Callable[[str], bool]
+    pairs: dict[str, dict[str, dict[str, float]]], only: Callable[[str, str], bool]
 ) -> dict[str, dict[str, Any]]:
     """Return the weighted Kendall's tau of every score, mean over targets, with its interval.
 
     The bootstrap draws targets, and sources within each.
     """
     tables = [
-        [values for source, values in by_source.items() if only(source)]
-        for by_source in pairs.values()
+        [values for source, values in by_source.items() if only(target, source)]
+        for target, by_source in pairs.items()
     ]
     tables = [table for table in tables if len(table) >= 4]
     results: dict[str, dict[str, Any]] = {}
@@ -237,11 +253,11 @@ def write_report(work: Path) -> None:
     lines = [
         f"weighted tau of a score with accuracy after fine-tuning: {sum(counts.values())} pairs, "
         f"{len(counts)} targets of {min(counts.values())} to {max(counts.values())} sources",
-        "  score        " + "".join(f"{kind:<22}" for kind in KINDS),
+        "  score        " + "".join(f"{kind:<21}" for kind in KINDS).rstrip(),
     ]
     for score in SCORES:
         cells = [_format_interval(tau[kind][score], "tau") for kind in KINDS]
-        lines.append(f"  {score:<13}" + "".join(f"{cell:<22}" for cell in cells).rstrip())
+        lines.append(f"  {score:<13}" + "".join(f"{cell:<21}" for cell in cells).rstrip())
     if distances:
         number = next(iter(distances.values()))["pairs"]
         lines.append("Spearman's rho of a distance with a sibling's gain elsewhere: "
@@ -256,7 +272,7 @@ def write_report(work: Path) -> None:
 
 def _format_interval(value: dict[str, Any], name: str) -> str:
     low, high = value["ci95"]
-    if not np.isfinite(value[name]):
+    if not np.isfinite([value[name], low, high]).all():
         return "-"
     return f"{value[name]:+.2f} [{low:+.2f}, {high:+.2f}]"
 
@@ -267,9 +283,9 @@ def draw_figure(tau: dict[str, Any], distances: dict[str, Any], path: Path) -> N
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(
-        1, 2, figsize=(10, 4), width_ratios=(2, 1), constrained_layout=True
+        1, 2, figsize=(10, 5.5), width_ratios=(2, 1), constrained_layout=True
     )
-    for shift, (kind, values) in zip((-0.15, 0.15), tau.items(), strict=True):
+    for shift, (kind, values) in zip((-0.27, -0.09, 0.09, 0.27), tau.items(), strict=True):
         _draw_intervals(left, [values[score] for score in SCORES], "tau", shift, kind)
     left.set_yticks(range(len(SCORES)), SCORES)
     left.set_xlabel("weighted Kendall's tau with accuracy after fine-tuning")

