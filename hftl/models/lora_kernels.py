@@ -178,9 +178,12 @@ def _can_merge(module: Any) -> bool:
     """Return whether a layer's weight plus its adapter's update is what the layer computes.
 
     A weight in half precision would round the update away, and peft cannot merge a bias into a
-    layer that has none, nor every variant.
+    layer that has none, nor every variant. Other kinds of layer, as timm's convolutions with
+    standardized weights, may compute something else of their weight.
     """
     if type(module) not in (Linear, _FusedLinear, Conv2d) or not module.active_adapters:
+        return False
+    if type(module.get_base_layer()) not in (nn.Linear, nn.Conv2d):
         return False
     weight, bias = module.get_base_layer().weight, module.get_base_layer().bias
     is_whole = weight.dtype == torch.float32 and weight.numel() > 0
