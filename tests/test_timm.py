@@ -119,6 +119,14 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], int, int, str, tuple[str, ...], s
          "blocks.0.mlp.fc1", "blocks.0.mlp.fc2", "downsample.proj"),
         "head",
     ),
+    "resnetv2_18": (
+        {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_chs": 8}, 32, 4,
+        "stages.3.blocks.0", ("conv1", "conv2", "downsample.conv"), "norm head.fc",
+    ),
+    "resnetv2_50x1_bit": (
+        {"channels": [8, 8, 16, 16], "stem_chs": 8}, 32, 16, "stages.3.blocks.2",
+        ("conv1", "conv2", "conv3", "downsample.conv"), "norm head.fc",
+    ),
     "nf_resnet26": ({}, 32, 8, "stages.3.1", ("conv1", "conv2", "conv3", "downsample.conv"),
                     "head.fc"),
 }  # fmt: skip
@@ -255,7 +263,7 @@ def test_refuses_what_it_cannot_train(tiny_timm: Callable[..., Path], tmp_path: 
     refuse(
         "resnet50d_", "timm .* has no architecture 'resnet50d_'; did you mean 'resnet50d'", **side
     )
-    refuse("resnetv2_18", "the classifier of timm's 'resnetv2_18' is a Conv2d", **side)
+    refuse("crossvit_tiny_240", "the classifier of timm's .* is a ModuleList", **side)
     refuse("poolformer_s12", "whose blocks timm does not name", **side)
     refuse("vgg11_bn", "whose blocks are single layers", input_size=[3, 224, 224])
     with pytest.raises(RecipeError, match="takes pictures of 32 pixels only, got 64"):

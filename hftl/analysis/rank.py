@@ -221,7 +221,8 @@ def _predict_source_classes(
     )
     if weight is None or bias is None or len(weight) < 2:
         return None
-    return transfer.apply_head(store.get(rows, site), weight.numpy(), bias.numpy())
+    # A classifier of timm may be a convolution of the pooled image.
+    return transfer.apply_head(store.get(rows, site), weight.flatten(1).numpy(), bias.numpy())
 
 
 def _rank(

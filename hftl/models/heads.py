@@ -34,6 +34,7 @@ from hftl.models.pooled_model import PooledImageModel, PooledModel
 from hftl.models.pooling import pool_before_head
 from hftl.models.quantization import build_quantization_config
 from hftl.models.source import SourceModel, describe_load_error
+from hftl.models.timm_architecture import flatten_classifier
 from hftl.runtime.hardware import get_device
 
 CONSTANT_TARGET_SPREAD = 1e-3
@@ -109,8 +110,7 @@ def build_model(
         model, missing = kind(config, **extra), set()
         if architecture.initialize is not None:
             architecture.initialize(model)
-        hide_padding(model)
-        pool_before_head(model)
+        _adapt_forward(model)
     else:
         extra |= build_quantization_arguments(source, architecture)
         model, missing = load_class(source, kind, config, extra)
@@ -298,10 +298,16 @@ def load_class(
             f"source.model: {source.name} does not load: {describe_load_error(error)}",
             "Give a complete checkpoint of a supported architecture, in safetensors",
         ) from error
-    hide_padding(model)
-    pool_before_head(model)
+    _adapt_forward(model)
     mismatched = {key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]}
     return model, set(info["missing_keys"]) | mismatched
+
+
+def _adapt_forward(model: nn.Module) -> None:
+    """Let every model run without padding, and end in a linear layer of one vector an output."""
+    hide_padding(model)
+    pool_before_head(model)
+    flatten_classifier(model)
 
 
 def _list_fresh_modules(

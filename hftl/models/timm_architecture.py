@@ -8,7 +8,7 @@ the last block follow from a forward pass on torch's meta device.
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -102,14 +102,6 @@ def _check_name(timm: Any, name: str) -> None:
         )
 
 
-@dataclass
-class _Trace:
-    """Hold the order in which modules ended, and the shape of what the classifier read."""
-
-    calls: list[str] = field(default_factory=list)
-    shape: tuple[int, ...] = ()
-
-
 @lru_cache(maxsize=32)
 def _describe(
     wrapped: str, name: str, model_args: str, input_size: tuple[int, ...]
@@ -119,18 +111,18 @@ def _describe(
         model: Any = import_timm().create_model(name, num_classes=2, **arguments).eval()
     paths = {module: path for path, module in model.named_modules()}
     classifier = _get_classifier(model, name)
-    trace = _run_on_meta(model, classifier, input_size)
-    blocks = _order_blocks(model, name, trace)
-    targets, skipped = _sort_layers(model, blocks, set(trace.calls))
+    calls = _run_on_meta(model, input_size)
+    blocks = _order_blocks(model, name, calls)
+    targets, skipped = _sort_layers(model, blocks, set(calls))
     head = paths[classifier]
-    before = trace.calls[trace.calls.index(head) - 1]
+    before = calls[calls.index(head) - 1]
     is_dropout = isinstance(model.get_submodule(before), nn.Dropout)
-    last = trace.calls.index(blocks[-1])
+    last = calls.index(blocks[-1])
     return ArchitectureSpec(
         wrapped, blocks, (), "image", optional_targets=targets, skipped_layers=skipped,
         final_parts=tuple(
             path
-            for path in trace.calls[last + 1 :]
+            for path in calls[last + 1 :]
             if _owns(model, path) and not blocks[-1].startswith(f"{path}.")
         ),
         head=HeadSpec(
@@ -141,9 +133,9 @@ def _describe(
     )  # fmt: skip
 
 
-def _get_classifier(model: Any, name: str) -> nn.Linear:
+def _get_classifier(model: Any, name: str) -> nn.Module:
     classifier = model.get_classifier()
-    if not isinstance(classifier, nn.Linear):
+    if not isinstance(classifier, nn.Linear) and not _is_pooled_convolution(model):
         raise RecipeError(
             f"source.model: the classifier of timm's {name!r} is a {type(classifier).__name__}, "
             "expected one linear layer",
@@ -152,19 +144,51 @@ def _get_classifier(model: Any, name: str) -> nn.Linear:
     return classifier
 
 
-def _run_on_meta(model: Any, classifier: nn.Module, input_size: tuple[int, ...]) -> _Trace:
-    """Run a model without weights on one image without pixels, and record its calls."""
-    trace = _Trace()
+def _is_pooled_convolution(model: Any) -> bool:
+    """Return whether the classifier is a 1x1 convolution of the pooled image, as of ResNetV2."""
+    head = getattr(model, "head", None)
+    return (
+        isinstance(head, import_timm().layers.ClassifierHead)
+        and isinstance(head.fc, nn.Conv2d)
+        and head.fc.kernel_size == (1, 1)
+    )
 
-    def record(path: str, inputs: tuple[Tensor, ...], is_head: bool) -> None:
-        trace.calls.append(path)
-        if is_head:
-            trace.shape = tuple(inputs[0].shape)
 
+def flatten_classifier(model: Any) -> None:
+    """Replace a classifier that convolves the pooled image by the linear layer that it equals.
+
+    Its parameters are then those of any other head; in state dicts, and so in files, they keep the
+    shapes that timm loads.
+    """
+    timm_model = getattr(model, "timm_model", None)
+    if timm_model is None or not _is_pooled_convolution(timm_model):
+        return
+    head = timm_model.head
+    linear = nn.Linear(head.fc.in_channels, head.fc.out_channels)
+    linear.weight, linear.bias = nn.Parameter(head.fc.weight.detach().flatten(1)), head.fc.bias
+    linear.register_state_dict_post_hook(_write_as_convolution)
+    linear.register_load_state_dict_pre_hook(_read_as_linear)
+    head.global_pool.flatten, head.fc = nn.Flatten(1), linear.train(head.fc.training)
+
+
+def _write_as_convolution(
+    module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any
+) -> None:
+    del module, metadata
+    state[f"{prefix}weight"] = state[f"{prefix}weight"][..., None, None]
+
+
+def _read_as_linear(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    del module
+    if f"{prefix}weight" in state:
+        state[f"{prefix}weight"] = state[f"{prefix}weight"].flatten(1)
+
+
+def _run_on_meta(model: Any, input_size: tuple[int, ...]) -> list[str]:
+    """Run a model without weights on one image without pixels; return modules as they ended."""
+    calls: list[str] = []
     handles = [
-        module.register_forward_hook(
-            lambda m, inputs, _, path=path: record(path, inputs, m is classifier)
-        )
+        module.register_forward_hook(lambda *_, path=path: calls.append(path))
         for path, module in model.named_modules()
         if path
     ]
@@ -172,10 +196,10 @@ def _run_on_meta(model: Any, classifier: nn.Module, input_size: tuple[int, ...])
         model(torch.empty(1, *input_size, device="meta"))
     for handle in handles:
         handle.remove()
-    return trace
+    return calls
 
 
-def _order_blocks(model: Any, name: str, trace: _Trace) -> tuple[str, ...]:
+def _order_blocks(model: Any, name: str, calls: list[str]) -> tuple[str, ...]:
     """Return the paths of the blocks in the order in which they run.
 
     timm's patterns match parameters, the first pattern counts, and one that captures numbers
@@ -189,8 +213,8 @@ def _order_blocks(model: Any, name: str, trace: _Trace) -> tuple[str, ...]:
             regex = re.compile(pattern)
             is_block = ordinal is None and regex.groups > 0 and not group.startswith("stem")
             rules.append((regex, is_block))
-    blocks = {path for path in trace.calls if _is_block(path, rules) and _owns(model, path)}
-    ordered = tuple(path for path in dict.fromkeys(trace.calls) if path in blocks)
+    blocks = {path for path in calls if _is_block(path, rules) and _owns(model, path)}
+    ordered = tuple(path for path in dict.fromkeys(calls) if path in blocks)
     single = [path for path in ordered if isinstance(model.get_submodule(path), WEIGHT_LAYERS)]
     if not ordered or single:
         what = "whose blocks are single layers" if single else "whose blocks timm does not name"
