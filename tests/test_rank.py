@@ -26,6 +26,7 @@ from hftl.analysis.rank_intervals import (
 from hftl.card.analysis_plots import plot_rank
 from hftl.config.recipe import Recipe
 from hftl.errors import DataError
+from hftl.pipeline.analyses import write_winner
 
 
 def score_rows(hits: np.ndarray, number: int, rows: np.ndarray) -> float:
@@ -203,20 +204,49 @@ def test_rank_refuses_too_few_rows_and_no_source(
     )
 
 
-def test_plot_of_a_name_with_dollars(tmp_path: Path) -> None:
-    source = {
-        "source": "a$b$c", "architecture": "bert", "parameters": 1, "layers": 3,
-        "best": {"layer": 2, "pooling": "mean"}, "probe": 0.7, "probe_ci95": (0.6, 0.8), "rank": 1,
-        "rank_ci95": (1, 1), "scores": {"logme": -1.0, "knn": 0.5}, "pass_seconds": 1.0,
+def make_ranking(source: str, layer: int, pooling: str) -> RankAnalysis:
+    """Return the ranking of one source of three layers that is best at a site."""
+    winner = {
+        "source": source, "architecture": "bert", "parameters": 1, "layers": 3,
+        "best": {"layer": layer, "pooling": pooling}, "probe": 0.7, "probe_ci95": (0.6, 0.8),
+        "rank": 1, "rank_ci95": (1, 1), "scores": {"logme": -1.0, "knn": 0.5}, "pass_seconds": 1.0,
         "score_seconds": 1.0,
         "provenance": {
             "weights": "", "config": "", "preprocessing": "", "max_length": None, "pooling": "mean",
             "data": "", "seeds": [0],
         },
     }  # fmt: skip
-    facts = RankAnalysis.model_validate({
-        "metric": "accuracy", "lower_is_better": False, "rows": 9, "sources": [source],
+    return RankAnalysis.model_validate({
+        "metric": "accuracy", "lower_is_better": False, "rows": 9, "sources": [winner],
         "failed": [], "first_two": None,
     })  # fmt: skip
-    plot_rank(facts, tmp_path / "rank.png")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "layer", "best", "before", "written"),
+    [
+        ("resnet", 3, "mean", "native", "native"),
+        ("swin", 3, "mean", "cls", "native"),
+        ("clip", 3, "mean", "embedding", "embedding"),
+        ("vit", 3, "mean", "native", "mean"),
+        ("vit", 2, "mean", "cls+mean", "cls+mean"),
+        ("bert", 3, "cls", "mean", "cls"),
+    ],
+)
+def test_the_winner_is_pooled_as_a_head_can_read_it(
+    architecture: str, layer: int, best: str, before: str, written: str, tiny_model: Any,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    recipe, model = tmp_path / "r.yaml", str(tiny_model(architecture))
+    recipe.write_text(yaml.safe_dump({
+        "source": {"model": "org/other"}, "data": {"train": {"path": "x"}},
+        "finetune": {"pooling": before},
+    }))  # fmt: skip
+    write_winner(recipe, [], make_ranking(model, layer, best), tmp_path / "winner.yaml")
+    winner = Recipe.load(tmp_path / "winner.yaml")
+    assert (winner.source.model, winner.finetune.pooling) == (model, written)
+
+
+def test_plot_of_a_name_with_dollars(tmp_path: Path) -> None:
+    plot_rank(make_ranking("a$b$c", 2, "mean"), tmp_path / "rank.png")
     assert (tmp_path / "rank.png").stat().st_size > 1000

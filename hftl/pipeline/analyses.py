@@ -16,6 +16,7 @@ from hftl.analysis.facts import (
     DistanceAnalysis,
     ProbeAnalysis,
     RankAnalysis,
+    RankedSource,
     ShiftAnalysis,
 )
 from hftl.analysis.feature_store import FeatureStore, build_store_key
@@ -39,6 +40,8 @@ from hftl.finetune.arm import train_arm
 from hftl.finetune.baselines import search_rate, solve_arm, train_scratch
 from hftl.finetune.classical import solve_classical
 from hftl.finetune.context import ExperimentContext
+from hftl.models.architecture_spec import ArchitectureSpec
+from hftl.models.source import find_source
 from hftl.pipeline.analysis_folder import FEATURES, check_task, open_run, write_analysis
 from hftl.pipeline.run import Run
 from hftl.pipeline.trained_layers import compare_trained_arms
@@ -48,6 +51,8 @@ from hftl.runtime.run_folder import SEMANTICS, to_json
 
 LAYOUT = 4
 """Raised when an analysis holds other figures, or computes them otherwise."""
+TOKEN_POOLINGS = ("mean", "cls", "cls+mean")
+"""Poolings of an encoder's tokens, in the words of `finetune.pooling`."""
 PROBE_ROWS, DISTANCE_ROWS, SHIFT_ROWS = 2000, 500, 1000
 """Rows that are read where the run makes the analysis, at most; the commands have an option."""
 
@@ -238,12 +243,27 @@ def write_winner(recipe: Path, overrides: list[str], facts: RankAnalysis, target
     """
     if target.exists():
         raise RecipeError(f"{target} exists", "Choose another name for --write")
-    winner = facts.sources[0]
+    winner, before = facts.sources[0], Recipe.load(recipe, overrides)
     tree = apply_overrides(read_yaml(recipe), overrides)
-    if winner.source != Recipe.load(recipe, overrides).source.model:
+    if winner.source != before.source.model:
         set_key(tree, "source", {"model": winner.source})
-    if winner.best.layer == winner.layers and winner.best.pooling in ("native", "mean", "cls"):
-        set_key(tree, "finetune.pooling", winner.best.pooling)
+    source = find_source(Recipe.parse(tree, str(target)).source)
+    pooling = _choose_pooling(winner, source.architecture_spec, before.finetune.pooling)
+    if pooling != before.finetune.pooling:
+        set_key(tree, "finetune.pooling", pooling)
     changed = Recipe.parse(tree, str(target))
     assert changed.source.model == winner.source
     run_folder.write_text(target, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+
+
+def _choose_pooling(winner: RankedSource, spec: ArchitectureSpec, before: str) -> str:
+    """Return the pooling at the winner's best site where a head can read that, else the recipe's.
+
+    Pictures without a class token are pooled by the stock class alone, and a prompt is read at its
+    last token.
+    """
+    pools_tokens = spec.modality == "text" or spec.prefix_tokens > 0
+    if not spec.reads_prompt and not pools_tokens:
+        return "native" if before in TOKEN_POOLINGS else before
+    at_end = winner.best.layer == winner.layers and winner.best.pooling in ("native", "mean", "cls")
+    return winner.best.pooling if at_end and not spec.reads_prompt else before
