@@ -49,7 +49,20 @@ INDEX = {
     "bbc-minilm-dapt": "recipes/bbc-minilm/dapt.yaml",
     "clipart-dinov2-mae": "recipes/clipart-dinov2/mae.yaml",
     "clipart-dinov2-kl": "recipes/clipart-dinov2/kl.yaml",
+    "clipart-efficientnet-partial": "recipes/clipart-efficientnet/partial.yaml",
+    "clipart-efficientnet-lora": "recipes/clipart-efficientnet/lora.yaml",
+    "fashion-efficientnet-head": "recipes/fashion-efficientnet/head.yaml",
 }
+FAMILIES = (
+    ("clip art, 20 a class", "DINOv2-small", "clipart-dinov2-lora"),
+    ("", "EfficientNet-Lite0", "clipart-efficientnet-lora", "clipart-efficientnet-partial"),
+    ("garments, 5 a class", "DINOv2-small", "fashion-dinov2-head"),
+    ("", "EfficientNet-Lite0", "fashion-efficientnet-head"),
+    ("movies, 200 a class", "MiniLM", "movies-minilm-lora", "movies-minilm-zero-shot"),
+    ("news, 20 a class", "MiniLM", "bbc-minilm-lora", "bbc-minilm-zero-shot"),
+)
+"""The rows of the table of families: task, source model, and the runs that its arms are of."""
+FAMILY_ARMS = ("zero_shot", "head", "partial", "lora", "classical")
 
 
 def save_results(run: Path) -> None:
@@ -82,6 +95,8 @@ def render_block(name: str) -> str:
                 "|---|---|---|---|---|---|"]  # fmt: skip
         rows += [_format_index_row(run, path) for run, path in INDEX.items()]
         return "\n".join(rows)
+    if name == "families":
+        return f"```\n{_format_families()}\n```"
     if name == "speed-short":
         return "```\n" + "\n".join(read_result("speed")["short_table"]) + "\n```"
     tree = read_result(name)
@@ -106,6 +121,27 @@ def _format_index_row(run: str, path: str) -> str:
     adapted = record.adapt and record.adapt.gain
     share = "" if adapted is None else format_gain(adapted)
     return f"| `{path}` | {record.own_arm} | {score} | {worth} | {share} | {decision} |"
+
+
+def _format_families() -> str:
+    """Return the arms of several source models on the same task, a row a model.
+
+    The gain is that of the first run's own arm over the classical model.
+    """
+    rows = [["task", "source", "test rows", *FAMILY_ARMS, "gain over classical"]]
+    for task, source, *runs in FAMILIES:
+        trees = [read_result(run) for run in runs]
+        ladders = [build_record(tree).ladder for tree in trees]
+        scores = {row.arm: row for ladder in reversed(ladders) for row in ladder}
+        cells = [_format_score(scores[arm]) if arm in scores else "" for arm in FAMILY_ARMS]
+        gain = scores["classical"].gain_of_own
+        worth = "" if gain is None else f"{trees[0]['own_arm']} {format_gain(gain)}"
+        rows.append([task, source, str(trees[0]["data"]["splits"]["test"]), *cells, worth])
+    return console.format_table(rows)
+
+
+def _format_score(row: Any) -> str:
+    return f"{row.test:.3f} ({row.sd:.3f})"
 
 
 def refresh_page(path: Path) -> str:
