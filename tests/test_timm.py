@@ -123,10 +123,6 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], int, int, str, tuple[str, ...], s
         {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_chs": 8}, 32, 4,
         "stages.3.blocks.0", ("conv1", "conv2", "downsample.conv"), "norm head.fc",
     ),
-    "resnetv2_50x1_bit": (
-        {"channels": [8, 8, 16, 16], "stem_chs": 8}, 32, 16, "stages.3.blocks.2",
-        ("conv1", "conv2", "conv3", "downsample.conv"), "norm head.fc",
-    ),
     "nf_resnet26": ({}, 32, 8, "stages.3.1", ("conv1", "conv2", "conv3", "downsample.conv"),
                     "head.fc"),
 }  # fmt: skip
