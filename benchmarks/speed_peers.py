@@ -130,6 +130,9 @@ def build_arguments(inputs: Inputs, is_shipped: bool, **settings: Any) -> Traini
         "per_device_train_batch_size": job.batch // job.processes,
         "per_device_eval_batch_size": SHIPPED_EVAL_BATCH if is_shipped else EVAL_BATCH,
     }  # fmt: skip
+    if job.processes > 1 and not is_shipped:
+        # DistributedDataParallel would walk the graph after every forward for nothing.
+        arguments["ddp_find_unused_parameters"] = False
     return TrainingArguments(**arguments | tuned | settings)
 
 
