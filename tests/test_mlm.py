@@ -18,7 +18,7 @@ from hftl.adapt.language_model import LanguageModel, load_mlm
 from hftl.config.section import Source
 from hftl.errors import RecipeError
 from hftl.models.architectures import ARCHITECTURES as SPECS
-from hftl.models.encoders import hide_padding
+from hftl.models.encoders import get_blocks, hide_padding
 from hftl.models.source import SourceModel, find_source
 
 SLOW = ("xlm-roberta", "camembert", "ernie", "megatron-bert", "nomic_bert", "big_bird")
@@ -90,14 +90,38 @@ def test_chosen_logits_and_gradients_are_the_full_head_s(
     assert max((expected[name] - gradients[name]).abs().max() for name in expected) < 1e-6
 
 
+@pytest.mark.parametrize("kind", [name for name, spec in SPECS.items() if spec.packs])
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_packed_rows_give_the_logits_of_a_padded_batch(
+    tiny_model: Tiny, kind: str, is_padded: bool
+) -> None:
+    model, _ = load_mlm(load_source(tiny_model(kind)), seed=0)
+    model.eval()
+    batch, sizes = build_batch(), []
+    if not is_padded:
+        del batch["attention_mask"]
+    block = get_blocks(model.encoder, model.architecture)[0]
+    block.register_forward_hook(lambda module, args, output: sizes.append(len(args[0])))
+    packed = model(**batch).logits
+    with torch.no_grad():
+        padded = model(**batch).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(**batch).logits
+    assert sizes == [1, 3, 1]
+    torch.testing.assert_close(packed, padded, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(half.float(), padded, atol=2e-2, rtol=5e-2)
+
+
 @pytest.mark.parametrize("kind", [name for name, spec in SPECS.items() if spec.token_mixer])
 def test_last_feed_forward_reads_the_chosen_positions_only(tiny_model: Tiny, kind: str) -> None:
     model, _ = load_mlm(load_source(tiny_model(kind)), seed=0)
     shapes: list[tuple[int, ...]] = []
     for layer in model.encoder.encoder.layer:
         layer.intermediate.register_forward_hook(lambda _, args, __: shapes.append(args[0].shape))
-    model(**build_batch())
-    assert [tuple(s[:2]) for s in shapes] == [(3, 8), (3, 8), (1, 32)], "5, rounded up"
+    batch = build_batch()
+    model(**batch)
+    tokens = int(batch["attention_mask"].sum())
+    assert [tuple(s[:2]) for s in shapes] == [(1, tokens)] * 2 + [(1, 32)], "5, rounded up"
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)

@@ -96,8 +96,6 @@ class LanguageModel(nn.Module):
         if self._hook is not None:
             self._hook.remove()
         where: Any = self.encoder
-        inner: Any = unwrap_adapter(where)
-        inner.reads_whole_batches = True
         mixer = self.architecture.token_mixer
         if mixer is not None:
             where = get_blocks(unwrap_adapter(where), self.architecture)[-1].get_submodule(mixer)
@@ -107,7 +105,11 @@ class LanguageModel(nn.Module):
         """Select (1, places, width) of (batch, length, width) in a module's output."""
         if self._flat is None:
             return output
-        hidden = output[0].flatten(0, 1).index_select(0, self._flat).unsqueeze(0)
+        places, packing = self._flat, getattr(unwrap_adapter(self.encoder), "packing", None)
+        if packing is not None:
+            # A hook inside a packed encoder; that of the encoder itself sees the batch again.
+            places, packing.is_whole = packing.locate(places), False
+        hidden = output[0].flatten(0, 1).index_select(0, places).unsqueeze(0)
         if isinstance(output, tuple):
             return (hidden, *output[1:])
         output.last_hidden_state = hidden

@@ -66,6 +66,8 @@ class Packing:
         self.spare = round_up_size(self.count) - self.count if rounds_up else 0
         self.tokens = F.pad(tokens, (0, self.spare))
         self._groups: dict[int, AttentionGroups] = {}
+        self.is_whole = True
+        """Whether the row still has all its tokens, or a hook inside has left some."""
 
     @property
     def is_short(self) -> bool:
@@ -75,6 +77,10 @@ class Packing:
     def pack(self, batch: Tensor) -> Tensor:
         """Return (1, tokens) of (batch, length)."""
         return batch.flatten()[self.tokens].unsqueeze(0)
+
+    def locate(self, places: Tensor) -> Tensor:
+        """Return where tokens stand in the row, of their places in the flattened batch."""
+        return (self.mask.flatten().cumsum(0) - 1)[places]
 
     def unpack(self, row: Tensor) -> Tensor:
         """Return (batch, length, width), 0 at padding, of (1, tokens, width)."""
@@ -152,8 +158,8 @@ class PackedEncoder:
 
     config: Any
     has_padding_offset: bool
-    reads_whole_batches = False
-    """True where a hook inside reads positions of the whole batch."""
+    packing: Packing | None = None
+    """Of the batch that is running packed."""
     packs_predictions = False
     """Whether batches in fp32 without gradient run packed, too."""
 
@@ -164,21 +170,30 @@ class PackedEncoder:
 
         Args:
             input_ids: (batch, length).
-            attention_mask: (batch, length), 1 at tokens.
+            attention_mask: (batch, length), 1 at tokens; None: everywhere.
             more: further arguments of the encoder.
         """
         plain: Any = super()
         more = {name: value for name, value in more.items() if value is not None}
         types = more.pop("token_type_ids", None)
-        if input_ids is None or attention_mask is None or not self._packs(attention_mask, more):
+        mask = attention_mask
+        if mask is None and input_ids is not None:
+            mask = torch.ones_like(input_ids)
+        if input_ids is None or mask is None or not self._packs(mask, more):
             more |= {} if types is None else {"token_type_ids": types}
             return plain.forward(input_ids=input_ids, attention_mask=attention_mask, **more)
-        packing = Packing(attention_mask.bool(), torch.is_autocast_enabled("cpu"))
+        packing = Packing(mask.bool(), torch.is_autocast_enabled("cpu"))
         types = {} if types is None else {"token_type_ids": packing.pack(types)}
-        output = plain.forward(
-            input_ids=packing.pack(input_ids), **types, **more, packing=packing,
-            position_ids=packing.pack(self._count_positions(input_ids)),
-        )  # fmt: skip
+        try:
+            vars(self)["packing"] = packing
+            output = plain.forward(
+                input_ids=packing.pack(input_ids), **types, **more, packing=packing,
+                position_ids=packing.pack(self._count_positions(input_ids)),
+            )  # fmt: skip
+        finally:
+            vars(self)["packing"] = None
+        if not packing.is_whole:
+            return output
         output.last_hidden_state = packing.unpack(output.last_hidden_state)
         if output.get("pooler_output") is not None:
             pooler: Any = self.pooler  # pyright: ignore[reportAttributeAccessIssue]
@@ -198,7 +213,6 @@ class PackedEncoder:
             )
             and mask.ndim == 2
             and is_plain
-            and not self.reads_whole_batches
             and more.keys() <= flags.keys()
             and not torch.compiler.is_compiling()
             and (mask.shape[1] <= SHORT_TEXT or bool(mask.float().mean() <= 1 - PADDING))
