@@ -285,6 +285,10 @@ def test_values_are_broadcast_sharded_and_gathered(ranks: list[Results]) -> None
     assert [rank["gathered"] for rank in ranks] == [[{"rank": 0}, {"rank": 1}]] * 2
 
 
+def test_files_that_processes_report_by_are_removed_at_the_end(ranks: list[Results]) -> None:
+    assert [rank["beats"] for rank in ranks] == [[[".tmp-beats", "0", "1"], []]] * 2
+
+
 def test_error_of_rank_0_is_raised_on_all_and_marked_on_the_others(ranks: list[Results]) -> None:
     main, other = (rank["raised"] for rank in ranks)
     assert main == [

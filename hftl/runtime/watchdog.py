@@ -7,6 +7,7 @@ processes write their stacks to log.txt, one names those that are behind, and al
 
 import faulthandler
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -121,7 +122,10 @@ _current: list[Watchdog] = []
 
 @contextmanager
 def watch_processes(folder: Path, report: Callable[[HungProcessError], object]) -> Iterator[None]:
-    """Watch the processes of a run during the block, where there are several.
+    """Watch the processes of a run during the block, where there are several. Collective.
+
+    What they report by is removed at the end, but after an error, when others may go on for a
+    while; then it is when the run folder is locked again.
 
     Args:
         folder: of the run, which exists on every process.
@@ -139,6 +143,10 @@ def watch_processes(folder: Path, report: Callable[[HungProcessError], object]) 
     finally:
         _current.pop()
         watchdog.stop()
+    # The threads of all have ended then, so that none writes any more.
+    distributed.gather_values(None)
+    if distributed.is_main():
+        shutil.rmtree(folder / BEATS_FOLDER)
 
 
 def beat() -> None:

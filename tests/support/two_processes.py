@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ from hftl.runtime.distributed import (
     run_main_first,
     shard_items,
 )
+from hftl.runtime.watchdog import watch_processes
 from hftl.train import memory
 from hftl.train.checkpoint import BestWeightsCallback, gather_trainable_state
 from hftl.train.step_checkpoint import CheckpointSpec, CheckpointWriter
@@ -609,6 +611,18 @@ def receive_error(error: Exception) -> tuple[str, str, bool]:
     return "nothing", "", False
 
 
+def list_beats(folder: Path) -> list[list[str]]:
+    """Return the names in a run folder while its processes are watched, and once that has ended."""
+    folder.mkdir(exist_ok=True)
+    seen = []
+    for watched in (watch_processes(folder, print), nullcontext()):
+        with watched:
+            gather_values(None)
+            seen.append(sorted(path.name for path in folder.rglob("*")))
+            gather_values(None)
+    return seen
+
+
 def main(folder: Path) -> None:
     """Run all cases, then raise an error that ends the program on every rank."""
     assert get_world_size() == 2
@@ -638,6 +652,7 @@ def main(folder: Path) -> None:
     )
     results["shard"] = shard_items([5, 6, 7])
     results["first"] = run_main_first(get_rank)
+    results["beats"] = list_beats(folder / "watched")
     torch.save(results, folder / f"{get_rank()}.pt")
     end_with_error()
 
