@@ -52,6 +52,7 @@ INDEX = {
     "clipart-efficientnet-partial": "recipes/clipart-efficientnet/partial.yaml",
     "clipart-efficientnet-lora": "recipes/clipart-efficientnet/lora.yaml",
     "fashion-efficientnet-head": "recipes/fashion-efficientnet/head.yaml",
+    "movies-smollm2-lora": "recipes/movies-smollm2/lora.yaml",
 }
 FAMILIES = (
     ("clip art, 20 a class", "DINOv2-small", "clipart-dinov2-lora"),
@@ -59,6 +60,7 @@ FAMILIES = (
     ("garments, 5 a class", "DINOv2-small", "fashion-dinov2-head"),
     ("", "EfficientNet-Lite0", "fashion-efficientnet-head"),
     ("movies, 200 a class", "MiniLM", "movies-minilm-lora", "movies-minilm-zero-shot"),
+    ("", "SmolLM2-135M", "movies-smollm2-lora"),
     ("news, 20 a class", "MiniLM", "bbc-minilm-lora", "bbc-minilm-zero-shot"),
 )
 """The rows of the table of families: task, source model, and the runs that its arms are of."""
