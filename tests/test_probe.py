@@ -88,6 +88,19 @@ def test_feature_that_does_not_vary_changes_nothing(outputs: int, constant: floa
     np.testing.assert_allclose(probe.logits(more), without.logits(features), atol=1e-4)
 
 
+@pytest.mark.parametrize("outputs", [1, 2, 3])
+def test_rows_that_are_all_alike_are_predicted_alike(outputs: int) -> None:
+    _, labels = draw_problem(outputs)
+    features = np.full((ROWS, WIDTH), 0.3, np.float32)
+    probe = fit(features, labels)
+    assert not probe.weight.any()
+    if outputs == 1:
+        np.testing.assert_allclose(probe.logits(features), labels.mean(), rtol=1e-6)
+    else:
+        shares = np.bincount(labels) / ROWS
+        np.testing.assert_allclose(softmax(probe.logits(features), axis=1)[0], shares, atol=1e-4)
+
+
 def test_rounding_noise_on_a_large_constant_is_no_feature() -> None:
     features, labels = draw_problem(2)
     noise = np.nextafter(np.float32(1000), np.where(labels > 0, 2000, 0).astype(np.float32))

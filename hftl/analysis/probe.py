@@ -82,7 +82,8 @@ def fit_linear(
     Shapes as in `fit_probe` and `fit_logistic`.
     """
     turned = turn_rows(x)
-    if turned is not None:
+    # scikit-learn's ridge regression refuses rows without a column.
+    if turned is not None and len(turned[1]):
         rows, axes = turned
         weight, bias, penalty = _fit_turned(
             rows, labels, outputs, groups, cs, alphas, intercept, weights
