@@ -90,6 +90,16 @@ def test_turned_rows_have_the_products_of_the_rows(shape: tuple[int, int]) -> No
     assert rows.shape[1] == np.linalg.matrix_rank(x)
 
 
+def test_rows_of_single_precision_keep_their_short_axes() -> None:
+    rng = np.random.default_rng(0)
+    left, right = (np.linalg.qr(rng.normal(size=(n, 8)))[0] for n in (8, 40))
+    x = (left * np.logspace(0, -5, 8) @ right.T).astype(np.float32)
+    rows, axes = turn_rows(x) or pytest.fail("few rows are turned")
+    lengths = np.linalg.svd(x.astype(np.float64), compute_uv=False)
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=0)[::-1], lengths, rtol=1e-4)
+    np.testing.assert_allclose(axes @ axes.T, np.eye(8), atol=1e-4)
+
+
 def test_rows_without_a_difference_have_no_axes() -> None:
     rows, axes = turn_rows(np.zeros((3, 5))) or pytest.fail("few rows are turned")
     ((weight, bias),) = fit_path(rows, np.array([0, 1, 1]), 2, [1.0])

@@ -38,6 +38,8 @@ def turn_rows(x: Any) -> tuple[np.ndarray, np.ndarray] | None:
     """
     if min(x.shape) > MAX_AXES:
         return None
+    # Products square the lengths: in single precision, that of pixels, short axes would be lost.
+    x = x.astype(np.float64, copy=False)
     is_wide = x.shape[0] < x.shape[1]
     products = x @ x.T if is_wide else x.T @ x
     squares, vectors = np.linalg.eigh(products if isinstance(x, np.ndarray) else products.toarray())
