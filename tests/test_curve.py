@@ -96,6 +96,26 @@ def test_labels_are_compared_by_hand() -> None:
     assert first.value == pytest.approx(2 * 2 ** (-0.01 / 0.11), rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("curve", "first"),
+    [
+        ([0.1, 0.135, 0.51, 0.645, 0.945], [0, 1, 2, 3, 4]),
+        ([0.5, 0.7, 0.7, 0.7, 0.8], [0, 1, 1, 1, 4]),
+    ],
+)
+def test_equal_score_is_reached_where_the_other_curve_has_it(
+    curve: list[float], first: list[int]
+) -> None:
+    sizes, points = np.array([5.0, 10.0, 20.0, 40.0, 80.0]), np.array(curve)
+    draws = np.repeat(points[None], 3, axis=0)
+    ratios = compare_labels(sizes, points, points, draws, draws)
+    expected = sizes[first] / sizes
+    for quantity in ("value", "low", "high"):
+        values = [getattr(ratio, quantity) for ratio in ratios]
+        assert values == pytest.approx(list(expected), rel=1e-6)
+    assert not any(ratio.is_at_most for ratio in ratios)
+
+
 def test_monotone_curves_are_those_of_scikit_learn() -> None:
     points = np.random.default_rng(0).normal(size=(50, 6)) + np.linspace(0, 2, 6)
     expected = np.stack([isotonic_regression(curve) for curve in points])

@@ -10,6 +10,9 @@ import numpy as np
 
 from hftl.analysis.power_law import MIN_POINTS, PowerLaw, fit_power_law
 
+ROUNDING = 1e-12
+"""Of the largest score: equal scores may differ by it, as sums are rounded."""
+
 
 class Quantity(NamedTuple):
     """Hold a number of labels or a ratio, and its 95 % interval; inf is beyond all sizes."""
@@ -50,6 +53,8 @@ def _find_needed(sizes: np.ndarray, rising: np.ndarray, targets: np.ndarray) -> 
 
     They are interpolated in the logarithm; inf beyond a curve's end.
     """
+    # A score that equals the curve's is reached there: two arms of one accuracy are usual.
+    targets = targets - ROUNDING * np.abs(rising).max()
     place = np.maximum(np.argmax(rising >= targets[:, None], axis=1), 1)
     low, high = (np.take_along_axis(rising, p[:, None], 1)[:, 0] for p in (place - 1, place))
     gap = np.where(high > low, high - low, 1.0)
