@@ -44,6 +44,24 @@ def test_gradients_below_the_limit_are_left_alone(
         assert len(clipped) == count
 
 
+def test_gradients_a_little_below_a_small_limit_are_clipped_as_by_torch(
+    bert: Path, tmp_path: Path
+) -> None:
+    limit = 1e-2
+    model = build_classifier(bert, "full")
+    trainer: Any = build_trainer(model, tmp_path, max_grad_norm=limit)
+    weight = next(parameter for parameter in model.parameters() if parameter.requires_grad)
+    weight.grad = torch.zeros_like(weight)
+    weight.grad.view(-1)[0] = limit - 5e-7
+    expected = nn.Parameter(weight.detach().clone())
+    expected.grad = weight.grad.clone()
+    nn.utils.clip_grad_norm_([expected], limit)
+    norm = trainer.clip_gradients(model)
+    assert float(norm) == pytest.approx(limit - 5e-7)
+    assert float(weight.grad.max()) < limit - 6e-7
+    torch.testing.assert_close(weight.grad, expected.grad, rtol=0, atol=0)
+
+
 def test_parameters_are_counted_once_a_training(
     bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

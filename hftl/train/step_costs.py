@@ -14,8 +14,9 @@ from hftl.train import hf_compat
 
 ON_CPU = (DistributedType.NO, DistributedType.MULTI_CPU)
 """Ways to train in which each process holds all gradients, and on a CPU can read their norm."""
-ROUNDING = 1e-5
-"""How far below the limit the norm of gradients surely needs no clipping."""
+MARGIN = 1e-5
+"""How far below the limit, or of a limit above 1, the norm of gradients surely needs no clipping:
+torch divides by the norm and 1e-6, which counts at small limits."""
 
 
 class StepCosts(hf_compat.TrainerHooks):
@@ -45,7 +46,7 @@ class StepCosts(hf_compat.TrainerHooks):
             return super().clip_gradients(model)
         norm: Tensor = nn.utils.get_total_norm(gradients)
         most = self.args.max_grad_norm
-        if not float(norm) < most - ROUNDING * most:
+        if not float(norm) < most - MARGIN * max(1.0, most):
             with torch.no_grad():
                 nn.utils.clip_grads_with_norm_(model.parameters(), most, norm)
         return norm
