@@ -13,6 +13,7 @@ from hftl import console
 from hftl.analysis.advice import advise, apply_label_rule, choose_by_labels
 from hftl.analysis.advice_facts import AdviceSection
 from hftl.analysis.facts import AnalysisSection
+from hftl.card.advice import describe_advice
 from hftl.cli import app
 from hftl.measure.advice_outcome import count_history, judge_advice
 from hftl.measure.record import Record
@@ -195,6 +196,20 @@ def test_the_arm_that_trains_as_was_forecast_is_held_against_it() -> None:
     assert row["arm"] == "fast" and row["trained_with"] == {}
     assert row["score"] == pytest.approx(0.7354)
     assert "(90 % interval); the arm `fast`, which trains so, has 0.735, inside" in render(tree)
+
+
+def test_score_of_another_arm_is_not_said_to_be_the_models() -> None:
+    tree = make_record()
+    tree["recipe"]["retain"] = {"l2sp": {"weight": 0.1}}
+    tree["recipe"]["measure"]["arms"] = [{"free": {"retain": None}}]
+    tree["arms"] += [arm | {"arm": "free"} for arm in tree["arms"] if arm["arm"] == "lora"]
+    tree = judge(tree, make_section())
+    row = next(r for r in tree["advice"]["outcome"]["strategies"] if r["strategy"] == "lora")
+    assert row["arm"] == "free" and row["trained_with"]
+    text = describe_advice(Record.parse(tree))
+    assert "10. The arm `free` was trained with" in text and "it has 0.725, inside" in text
+    del row["trained_with"]
+    assert "; the arm `free` has 0.725, inside" in describe_advice(Record.parse(tree))
 
 
 def test_history_counts_runs_and_names_those_without(tmp_path: Path) -> None:

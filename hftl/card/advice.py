@@ -31,14 +31,17 @@ def _describe_forecast(section: AdviceSection, strategy: str, own_arm: str) -> s
         f"From the frozen source and the training rows alone, `{row.strategy}` was forecast at "
         f"accuracy {expected.score:.3f} [{low:.3f}, {high:.3f}] (90 % interval)"
     )
-    scored = "it has" if row.arm == own_arm else f"the arm `{row.arm}`, which trains so, has"
+    arm = "it" if row.arm == own_arm else f"the arm `{row.arm}`"
     if not row.trained_with or not expected.settings:
+        # Older records do not say what an arm trained with.
+        is_named = row.arm != own_arm and row.trained_with is not None
+        scored = f"{arm}, which trains so, has" if is_named else f"{arm} has"
         return f"{forecast}; {scored} {row.score:.3f}, {place}. "
     before = _format_settings({key: expected.settings[key] for key in row.trained_with})
     after = _format_settings(row.trained_with)
     return (
-        f"{forecast} for {before}. It was trained with {after}, so that the forecast is of another "
-        f"training; it has {row.score:.3f}, {place}. "
+        f"{forecast} for {before}. {arm[0].upper()}{arm[1:]} was trained with {after}, so that the "
+        f"forecast is of another training; it has {row.score:.3f}, {place}. "
     )
 
 
