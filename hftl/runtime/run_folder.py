@@ -39,8 +39,8 @@ draws them by their inputs alone, keeps the least error and pads on the right; 3
 sections; 4 counts the source's config and preprocessing, and the columns of corpora; 5 trains texts
 without padding, and LoRA as one function, on a CPU; 6 computes packed blocks of BERT's kind as one
 function; 7 gives packed rows of half precision one of few lengths, so that draws of dropout
-differ; 8 trains only the word vectors that a training reads, and
-adapts texts without padding."""
+differ; 8 fits logistic regressions along a path of penalties, trains only the word vectors that a
+training reads, and adapts texts without padding."""
 
 Part = TypeVar("Part", bound=BaseModel)
 
