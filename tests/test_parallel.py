@@ -206,6 +206,15 @@ def test_error_is_raised_as_it_was_in_the_worker(error: Exception, tmp_path: Pat
     assert getattr(again, "filename", None) == getattr(error, "filename", None)
 
 
+def test_error_that_names_a_file_in_other_bytes_is_left_and_read(tmp_path: Path) -> None:
+    deal_files.write_error(tmp_path, 3, RecipeError("/x/\udcff.png is no picture", "Remove it"))
+    again = deal_files.read_error(tmp_path, 3)
+    assert isinstance(again, RecipeError) and again.what == r"/x/\udcff.png is no picture"
+    deal_files.write_error(tmp_path, 3, OSError(errno.ENOENT, "No such file", "/x/\udcff.png"))
+    again = deal_files.read_error(tmp_path, 3)
+    assert isinstance(again, FileNotFoundError) and again.filename == r"/x/\udcff.png"
+
+
 def test_lost_worker_is_named(tmp_path: Path) -> None:
     (tmp_path / "output-1.txt").write_text("Killed", encoding="utf-8")
     failures = deal._read_failure(tmp_path, 1, -9)

@@ -6,10 +6,10 @@ They are JSON and safetensors, as all that a run folder holds.
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel
+from pydantic import BaseModel, BeforeValidator
 from safetensors.numpy import load_file, save_file
 
 from hftl import errors
@@ -22,6 +22,14 @@ from hftl.train.facts import ArmFile
 
 PLAN_FILE = "plan.json"
 FEATURES_FILE = "features.safetensors"
+
+
+def _escape_bytes(text: str) -> str:
+    """Return a text that JSON can hold, also one with a file's name that is no UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+Text = Annotated[str, BeforeValidator(_escape_bytes)]
 
 
 class FeatureTable(BaseModel, frozen=True):
@@ -72,11 +80,11 @@ class WorkerError(BaseModel, frozen=True):
 
     kind: Literal["hftl", "system", "memory", "other"]
     name: str
-    what: str
-    fix: str = ""
+    what: Text
+    fix: Text = ""
     number: int | None = None
-    file: str | None = None
-    text: str
+    file: Text | None = None
+    text: Text
 
     @classmethod
     def describe(cls, error: BaseException) -> "WorkerError":
