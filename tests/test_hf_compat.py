@@ -45,7 +45,8 @@ PRIVATE = {
     **dict.fromkeys(
         ("_prepare_inputs", "_train_batch_size", "_remove_unused_columns", "_save",
          "_get_collator_with_removed_columns", "_get_num_items_in_batch", "_load_from_checkpoint",
-         "_get_train_sampler", "_get_grad_norm", "_load_optimizer_and_scheduler", "_load_rng_state",
+         "_get_train_sampler", "_get_grad_norm", "_clip_grad_norm",
+         "_load_optimizer_and_scheduler", "_load_rng_state",
          "_maybe_log_save_evaluate"), Trainer),
     **dict.fromkeys(("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged")),
 }  # fmt: skip

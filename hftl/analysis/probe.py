@@ -195,7 +195,8 @@ def _fit_by_scikit_learn(
     from sklearn.linear_model import LogisticRegression
 
     solver = LogisticRegression(C=c, max_iter=MAX_STEPS, tol=1e-6, fit_intercept=intercept)
-    weight, bias = (solver.fit(x, y, weights).coef_, solver.intercept_)
+    solver.fit(x, y, weights)
+    weight, bias = solver.coef_, np.asarray(solver.intercept_)
     if len(weight) > 1:
         return weight, bias
     return np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2

@@ -7,7 +7,7 @@ not depend on the mean read `CentredFeatures`, whose decomposition they share.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from scipy.special import logsumexp
@@ -131,7 +131,7 @@ def _maximize_evidence(
     evidences = []
     for output, best in enumerate(coarse.argmin(0)):
         own = slice(output, output + 1)
-        optimum = minimize_scalar(
+        optimum: Any = minimize_scalar(
             lambda point, own=own: float(compute(np.array([point]), own)[0, 0]),
             bounds=(grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]),
             method="bounded", options={"xatol": 1e-9},

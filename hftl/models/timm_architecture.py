@@ -146,7 +146,7 @@ def _get_classifier(model: Any, name: str) -> nn.Module:
 
 def _is_pooled_convolution(model: Any) -> bool:
     """Return whether the classifier is a 1x1 convolution of the pooled image, as of ResNetV2."""
-    head = getattr(model, "head", None)
+    head: Any = getattr(model, "head", None)
     return (
         isinstance(head, import_timm().layers.ClassifierHead)
         and isinstance(head.fc, nn.Conv2d)

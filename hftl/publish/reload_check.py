@@ -314,4 +314,5 @@ if __name__ == "__main__":
     # Nothing comes from a process that has ended without a folder to check.
     arguments = sys.argv[1:] or json.loads(sys.stdin.readline() or "[]")
     if arguments:
-        main(*map(Path, arguments[:3]), arguments[3])
+        folder_, base_, sample_, device_ = arguments
+        main(Path(folder_), Path(base_), Path(sample_), device_)
