@@ -11,7 +11,8 @@ from sklearn.metrics import log_loss
 from sklearn.model_selection import KFold, StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 
-from hftl.analysis.probe import ALPHA_GRID, C_GRID, Probe, fit_probe, split_folds
+from hftl.analysis import probe as module
+from hftl.analysis.probe import ALPHA_GRID, C_GRID, Probe, fit_probe
 
 ROWS, WIDTH = 60, 4
 
@@ -125,16 +126,23 @@ def test_fit_is_deterministic_and_the_unit_of_features_does_not_matter(outputs: 
 def test_folds_never_split_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
     features, labels = draw_problem(3)
     groups = np.array([f"g{i}" for i in np.random.default_rng(0).integers(20, size=ROWS)])
-    chosen, of_classes = split_folds(labels, groups)
-    assert chosen.tolist() == list(range(ROWS))
+    of_classes: list[Any] = []
     of_targets: list[Any] = []
-    solve = model_selection.GridSearchCV
+    split, solve = module.split_folds, model_selection.GridSearchCV
 
-    def spy(*args: Any, cv: list[Any], **kwargs: Any) -> Any:
+    def spy_on_classes(*args: Any) -> Any:
+        chosen, folds = split(*args)
+        assert chosen.tolist() == list(range(ROWS))
+        of_classes.extend(folds)
+        return chosen, folds
+
+    def spy_on_targets(*args: Any, cv: list[Any], **kwargs: Any) -> Any:
         of_targets.extend(cv)
         return solve(*args, cv=cv, **kwargs)
 
-    monkeypatch.setattr(model_selection, "GridSearchCV", spy)
+    monkeypatch.setattr(module, "split_folds", spy_on_classes)
+    monkeypatch.setattr(model_selection, "GridSearchCV", spy_on_targets)
+    fit(features, labels, groups.tolist())
     fit(features, labels.astype(np.float64), groups.tolist())
     for folds in (of_classes, of_targets):
         assert len(folds) == 5
