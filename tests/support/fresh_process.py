@@ -63,10 +63,15 @@ class FreshProcess:
         return subprocess.CompletedProcess(command, code, out, err)
 
     def _connect(self, connection: socket.socket) -> None:
-        """Connect to the server, which may only just have been started."""
-        while not Path(self._address).exists():
-            time.sleep(0.02)
-        connection.connect(self._address)
+        """Connect to the server, which may only just have been started, or not have started."""
+        end = time.monotonic() + TIMEOUT_SECONDS
+        while True:
+            try:
+                return connection.connect(self._address)
+            except (FileNotFoundError, ConnectionRefusedError):
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.02)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
