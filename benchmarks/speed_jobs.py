@@ -164,7 +164,7 @@ JOBS = {
     ),
     "two-data": Job(
         "two processes, data", "finetune",
-        (Peer("copies", 0.95, share=2), Peer("tuned", 0.98), Peer("one-process")),
+        (Peer("copies", 0.95, share=2), Peer("tuned", 0.98), Peer("one-process", 1.9)),
         processes=2, threads=1,
     ),
     "two-arms": Job(
