@@ -191,7 +191,7 @@ def test_runs_of_the_same_data_are_scored_on_their_test_items(
     # The encoder alone, and the stock class around it.
     assert len(loaded_from) == 2
     lines = rows_of(tmp_path / "c.csv")
-    rows = prepare.read_prepared_data(runs[0] / "phases" / "data").rows["test"]
+    rows = prepare.prepare.read_prepared_data(runs[0] / "phases" / "data").rows["test"]
     labels = np.array([int(row.label == "positive") for row in rows])
     for run, line in zip(runs, lines, strict=True):
         answers = hftl.load(run).predict([row.content[0] for row in rows])
@@ -208,6 +208,11 @@ def test_runs_of_pictures(tiny_model: Callable[..., Path], tmp_path: Path) -> No
     run = as_run(tmp_path / "run", tiny_model("vit"), "classification", data, "native")
     by_itself = compare_models([str(run), str(run / "publish")], folder, tmp_path / "c.csv")
     assert "28 items" in by_itself
+    splits = prepare.read_prepared_data(run / "phases" / "data").rows
+    known = len(splits["train"]) + len(splits["validation"])
+    assert 0 < known < 28
+    assert by_itself.count("warning") == 1
+    assert f"{known} of these items are in train or validation of {run}," in by_itself
     answers = hftl.load(run).predict(sorted(folder.rglob("*.png")))
     truth = [path.parent.name for path in sorted(folder.rglob("*.png"))]
     labels, result = (np.array([int(name == "light") for name in names])

@@ -193,6 +193,16 @@ def test_a_text_itself_is_a_table_of_one_row(
     assert [row["label"] for row in read_back(tmp_path / "out.jsonl")] == ["bad"]
 
 
+@pytest.mark.parametrize("data", ["", " \n"])
+def test_an_empty_text_is_not_the_current_folder(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path / "a.txt", "A warm film")
+    with pytest.raises(DataError, match="the text is empty"):
+        predict_table.predict_table("run", data, None)
+
+
 @pytest.mark.parametrize(
     ("data", "expected"),
     [

@@ -9,6 +9,7 @@ from hftl.config.data import Data, Table
 from hftl.data.images import inspect_images, warn_of_narrow_images
 from hftl.data.normalization import find_fraction, normalize_name
 from hftl.data.rows import (
+    ENCODING_FAULT,
     BadRows,
     ImageInfo,
     InputSpec,
@@ -213,7 +214,7 @@ def _find_row_fault(raw: RawRow, table: Table, data: Data, spec: InputSpec) -> s
     if raw.fault:
         return raw.fault
     if any(map(has_invalid_utf8, raw.values.values())):
-        return "not valid UTF-8"
+        return ENCODING_FAULT
     if spec.modality == "text" or data.reads_text_beside:
         faults = (
             find_text_fault(column, raw.values[column], task)
@@ -265,7 +266,7 @@ def find_document_fault(column: str, value: Any) -> str | None:
     if text.isascii() and text.isprintable():
         return None
     if has_invalid_utf8(text):
-        return "not valid UTF-8"
+        return ENCODING_FAULT
     if "\0" in text or len(CONTROL_CHARACTERS.findall(text)) > MAX_CONTROL_SHARE * len(text):
         return f"{column} is binary, not text"
     return None

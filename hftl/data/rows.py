@@ -18,6 +18,8 @@ MAX_LISTED_ROWS = 10_000
 ROWS_FILE = "rows.parquet"
 SURROGATES = re.compile("[\ud800-\udfff]")
 """What bytes that are not UTF-8 are read as, and what half a character of UTF-16 is."""
+ENCODING_FAULT = "not valid UTF-8; where all of the file is in another encoding, save it as UTF-8"
+"""The fault of a row for which `has_invalid_utf8` is true."""
 
 Label = str | float | tuple[str, ...]
 """A class name, a regression target, the sorted names that hold, or a tag for each word."""

@@ -27,7 +27,7 @@ from hftl.data.labels import (
     recognize_tag_scheme,
 )
 from hftl.data.load import load_rows
-from hftl.data.normalization import normalize_name
+from hftl.data.normalization import normalize_content, normalize_name
 from hftl.data.rows import BadRows, InputSpec, Row
 from hftl.data.tables import READERS, SPLIT_NAMES, guess_format
 from hftl.errors import DataError, RecipeError, suggest_closest
@@ -178,6 +178,12 @@ def compare_models(
         "it, its score is too good"
         for model in unknown
     ]
+    if data:
+        warnings += [
+            f"\n  warning: {count:,} of these items are in train or validation of {model}, so that "
+            "its score is too good"
+            for model, count in _count_known_items(models, items).items()
+        ]
     return _format_comparison(rows, len(items.rows)) + "".join(warnings)
 
 
@@ -198,8 +204,7 @@ def _read_shared_items(
     Raises:
         RecipeError: if none is a run, or one was split otherwise.
     """
-    local = {model: paths.resolve_published_path(model, "the model") for model in models}
-    runs = {m: path for m, path in local.items() if path and (path / "recipe.yaml").exists()}
+    runs = {model: run for model in models if (run := _find_run(model)) is not None}
     if not runs:
         raise RecipeError(
             f"{' and '.join(dict.fromkeys(models))}: there are no test items to score them on, "
@@ -223,6 +228,26 @@ def _read_shared_items(
             )
     prepared = prepare.read_prepared_data(run / "phases" / "data")
     return LabelledItems(prepared.rows["test"], Recipe.load(run / "recipe.yaml").data), unknown
+
+
+def _find_run(model: str) -> Path | None:
+    """Return the run folder that a model names; None for what was published or fetched."""
+    path = paths.resolve_published_path(model, "the model")
+    return path if path and (path / "recipe.yaml").exists() else None
+
+
+def _count_known_items(models: Sequence[str], items: LabelledItems) -> dict[str, int]:
+    """Return how many of the items each run had in train or validation, for runs that had any."""
+    contents = [normalize_content(row.content) for row in items.rows]
+    counts: dict[str, int] = {}
+    for model in dict.fromkeys(models):
+        run = _find_run(model)
+        if run is None:
+            continue
+        rows = prepare.read_prepared_data(run / "phases" / "data").rows
+        known = {normalize_content(row.content) for row in rows["train"] + rows["validation"]}
+        counts[model] = sum(content in known for content in contents)
+    return {model: count for model, count in counts.items() if count}
 
 
 def _read_fingerprint(folder: Path) -> str | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hftl.data.load import find_text_fault
-from hftl.data.rows import RawRow, has_invalid_utf8
+from hftl.data.rows import ENCODING_FAULT, RawRow, has_invalid_utf8
 from hftl.data.tables import READERS, guess_format, read_image_files
 from hftl.errors import DataError, RecipeError, suggest_closest
 from hftl.inference.output_table import (
@@ -97,7 +97,8 @@ def predict_table(
         coverage: of the sets of classes, or intervals of numbers, that are predicted too.
 
     Raises:
-        DataError: if the table is missing, lacks the text column, or holds a row without text.
+        DataError: if the text is empty, or if the table is missing, lacks the text column, or holds
+            a row without text.
         RecipeError: if the output's suffix is unknown, its folder is missing, the model cannot be
             loaded, or it has no sets of this coverage.
     """
@@ -108,6 +109,8 @@ def predict_table(
             "others",
             "Give one of them",
         )
+    if not str(data).strip():
+        raise DataError("the text is empty", "Give a text, or the path of a table or a folder")
     is_text = is_literal_text(str(data))
     if not is_text:
         _check_input(Path(data), output)
@@ -239,7 +242,7 @@ def _read_input(raw: RawRow, predictor: Predictor) -> Any:
     values: list[Any] = [raw.values.get(column) for column in predictor.columns]
     fault = raw.fault
     if any(map(has_invalid_utf8, raw.values.values())):
-        fault = "not valid UTF-8"
+        fault = ENCODING_FAULT
     if not fault and predictor.modality == "text":
         faults = (find_text_fault(c, raw.values.get(c), predictor.task) for c in predictor.columns)
         fault = next((why for why in faults if why), None)
