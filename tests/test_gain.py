@@ -109,7 +109,15 @@ def test_interval_is_that_of_the_raw_differences(rows: int) -> None:
     test = predicted(rows, lora=0.8, scratch=0.6)
     right = {arm: (said == test.labels).astype(float) for arm, said in test.predictions.items()}
     expected = mean_interval(right["lora"] - right["scratch"])
+    expected = np.clip(expected, -1, 1)
     assert compute_gain(ACCURACY, test, "lora", "scratch")["ci95"] == pytest.approx(expected)
+
+
+def test_interval_of_shares_ends_at_what_they_can_differ_by() -> None:
+    labels = np.arange(40) % 2
+    arms = {"lora": np.stack([labels, labels]), "scratch": np.stack([labels, 1 - labels])}
+    gain = compute_gain(ACCURACY, SplitPredictions(labels, np.arange(40), arms), "lora", "scratch")
+    assert (gain["value"], gain["ci95"]) == (0.5, (-1.0, 1.0))
 
 
 def test_rows_of_a_group_count_as_one_unit() -> None:

@@ -220,7 +220,11 @@ def _estimate_interval(
         units = effective_count(np.unique(test.units, return_counts=True)[1])
         half = rule_of_three_half_width(units, value)
         return (value - half, value + half), rule_of_three_p_value(value, units)
-    return error.interval(value), error.p_value(value)
+    low, high = error.interval(value)
+    if metric.is_proportion:
+        # With two seeds Student's quantile is 12.7, and reaches beyond what shares can differ by.
+        low, high = max(low, -1.0), min(high, 1.0)
+    return (low, high), error.p_value(value)
 
 
 # The arms' files side by side: every figure of the record is computed from them.

@@ -60,8 +60,9 @@ def run_arms(run: Run, context: ExperimentContext, arm_contexts: ArmContexts) ->
     jobs = distributed.broadcast_from_main(lambda: _list_missing_jobs(run, arm_contexts))
     distributed.broadcast_from_main(lambda: _remove_finished_checkpoints(run, jobs))
     total = len(run.arms) * len(run.recipe.measure.seeds)
-    if jobs and len(jobs) < total:
-        run.say(f"  {total - len(jobs)} of {total} arms x seeds stand already")
+    if len(jobs) < total:
+        stand = f"{total - len(jobs)} of {total}" if jobs else f"all {total}"
+        run.say(f"  {stand} arms x seeds stand already")
     placement = distributed.broadcast_from_main(lambda: choose_placement(context, run.recipe))
     deals = placement.mode == "arms"
     sharing = 1 if deals else distributed.get_world_size()
