@@ -191,7 +191,7 @@ def test_runs_of_the_same_data_are_scored_on_their_test_items(
     # The encoder alone, and the stock class around it.
     assert len(loaded_from) == 2
     lines = rows_of(tmp_path / "c.csv")
-    rows = prepare.prepare.read_prepared_data(runs[0] / "phases" / "data").rows["test"]
+    rows = prepare.read_prepared_data(runs[0] / "phases" / "data").rows["test"]
     labels = np.array([int(row.label == "positive") for row in rows])
     for run, line in zip(runs, lines, strict=True):
         answers = hftl.load(run).predict([row.content[0] for row in rows])

@@ -117,7 +117,7 @@ def test_interval_of_shares_ends_at_what_they_can_differ_by() -> None:
     labels = np.arange(40) % 2
     arms = {"lora": np.stack([labels, labels]), "scratch": np.stack([labels, 1 - labels])}
     gain = compute_gain(ACCURACY, SplitPredictions(labels, np.arange(40), arms), "lora", "scratch")
-    assert (gain["value"], gain["ci95"]) == (0.5, (-1.0, 1.0))
+    assert (gain["value"], gain["ci95"]) == (0.5, [-1.0, 1.0])
 
 
 def test_rows_of_a_group_count_as_one_unit() -> None:

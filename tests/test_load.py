@@ -10,7 +10,7 @@ from hftl.config.data import Data
 from hftl.data.facts import BadRow
 from hftl.data.load import find_label_fault, find_text_fault, load_rows, parse_label
 from hftl.data.normalization import normalize_name
-from hftl.data.rows import BadRows, InputSpec, Row
+from hftl.data.rows import ENCODING_FAULT, BadRows, InputSpec, Row
 from hftl.errors import DataError, HftlError, HubError, RecipeError
 
 GOOD = [("a fine film", "pos"), ('dull, "very" dull', "neg"), ("two\nlines", "pos")]
@@ -188,7 +188,7 @@ def test_half_a_character_in_a_list_of_words_or_names_is_a_bad_row(tmp_path: Pat
     bad = BadRows(skip=True)
     assert len(rows_of(path, "token-classification", bad=bad)) == 1
     assert {(row.where, row.why) for row in bad.dropped} == {
-        ("a.jsonl line 1", "not valid UTF-8"), ("a.jsonl line 3", "not valid UTF-8")
+        ("a.jsonl line 1", ENCODING_FAULT), ("a.jsonl line 3", ENCODING_FAULT)
     }  # fmt: skip
 
 
