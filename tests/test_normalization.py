@@ -205,7 +205,7 @@ def test_models_are_compared_whatever_the_spelling_of_their_classes(
         first, second = (
             line.split()[1:5]
             for line in compare_models(order, table, None).splitlines()
-            if "/" in line
+            if "/" in line and "warning" not in line
         )
         assert first[:3] == second[:3]
 
