@@ -175,7 +175,7 @@ def test_intervals_hold_the_truth() -> None:
 @pytest.mark.slow
 def test_intervals_hold_the_truth_in_1000() -> None:
     covered = cover_truth(1000)
-    assert is_covered(covered["point"], 1000) and is_covered(covered["ratio"], 1000), covered
+    assert is_covered(covered["point"]) and is_covered(covered["ratio"]), covered
     assert covered["forecast"] >= 0.93, covered
 
 

@@ -98,7 +98,7 @@ def test_intervals_hold_the_truth() -> None:
 @pytest.mark.slow
 def test_intervals_hold_the_truth_in_1000() -> None:
     held, gaps = simulate_estimates(1000)
-    assert is_covered(held, 1000) and is_covered(gaps, 1000), (held, gaps)
+    assert is_covered(held) and is_covered(gaps), (held, gaps)
 
 
 def choose_best(trials: int, sites: int = 9, seeds: int = 3) -> tuple[float, float]:
