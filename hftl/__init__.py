@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from hftl.config.recipe import Recipe
     from hftl.errors import HftlError
     from hftl.finetune.trainable import prepare
-    from hftl.inference.predict import load
+    from hftl.inference.load_predictor import load
     from hftl.measure.record import Record
     from hftl.pipeline.pipeline import run
     from hftl.retain.fisher import EWC
@@ -41,7 +41,7 @@ HOMES = {
     "Recipe": "hftl.config.recipe",
     "Record": "hftl.measure.record",
     "TransferTrainer": "hftl.train.trainer",
-    "load": "hftl.inference.predict",
+    "load": "hftl.inference.load_predictor",
     "prepare": "hftl.finetune.trainable",
     "run": "hftl.pipeline.pipeline",
 }

@@ -23,7 +23,7 @@ from hftl.config.recipe import Recipe
 from hftl.data import prepare
 from hftl.errors import DataError, RecipeError
 from hftl.inference.compare import compare_models, count_saved_parameters
-from hftl.inference.predict import iterate_predictors
+from hftl.inference.multi_adapter import iterate_predictors
 from hftl.measure.metrics import METRICS
 from hftl.measure.scores import compare_pair, score_with_interval
 from hftl.measure.statistics import estimate_item_error

@@ -19,7 +19,7 @@ from hftl.config.section import Source
 from hftl.errors import RecipeError
 from hftl.finetune import trainable
 from hftl.finetune.trainable import prepare
-from hftl.inference.predict import load
+from hftl.inference.load_predictor import load
 from hftl.models.encoders import get_task_class
 from hftl.models.half_weights import HalfLinear
 from hftl.models.heads import build_model

@@ -85,6 +85,7 @@ ORDER = [
     "doctor.checks", "doctor.fix", "doctor.report",
     "console", "analysis.tables",
     "inference.find_model", "inference.load", "inference.published_scores", "inference.predict",
+    "inference.load_predictor", "inference.multi_adapter",
     "inference.prior",
     "inference.output_table",
     "inference.predict_table",

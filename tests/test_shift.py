@@ -12,7 +12,8 @@ import pytest
 from scipy.stats import norm
 
 from hftl.errors import DataError, RecipeError
-from hftl.inference.predict import Predictor, _read_confusion
+from hftl.inference.load_predictor import _read_confusion
+from hftl.inference.predict import Predictor
 from hftl.inference.prior import correct_predictions
 from hftl.measure.shift import (
     compute_conditionals,

@@ -31,12 +31,9 @@ from hftl.data.normalization import normalize_content, normalize_name
 from hftl.data.rows import BadRows, InputSpec, Row
 from hftl.data.tables import READERS, SPLIT_NAMES, guess_format
 from hftl.errors import DataError, RecipeError, suggest_closest
-from hftl.inference.find_model import (
-    check_trained_head,
-    find_published_folder,
-    wrap_loading_errors,
-)
-from hftl.inference.predict import Predictor, iterate_predictors
+from hftl.inference.find_model import check_trained_head, find_published_folder, wrap_loading_errors
+from hftl.inference.multi_adapter import iterate_predictors
+from hftl.inference.predict import Predictor
 from hftl.inference.predict_table import check_output
 from hftl.measure.gain import assign_units
 from hftl.measure.metrics import SELECTION_METRICS, Metric, find_metric

@@ -5,12 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hftl.errors import HftlError, RecipeError, RunFolderError, is_out_of_memory
-from hftl.models.source import (
-    LOADING_ERRORS,
-    describe_load_error,
-    find_source,
-    hash_source_weights,
-)
+from hftl.models.source import LOADING_ERRORS, describe_load_error, find_source, hash_source_weights
 from hftl.publish import reload_check
 from hftl.publish.published_metadata import (
     ADAPTER_CONFIG,
@@ -155,3 +150,10 @@ def find_base_folder(folder: Path, metadata: PublishedMetadata, base: str | Path
             "Give the right base with --base MODEL",
         )
     return source.folder
+
+
+def find_adapter_base(folder: Path, base: str | Path | None) -> Path | None:
+    """Return the folder of an adapter's base; None for a whole model."""
+    if not (folder / ADAPTER_CONFIG).exists():
+        return None
+    return find_base_folder(folder, PublishedMetadata.read(folder), base).resolve()

@@ -13,6 +13,7 @@ from hftl.data.load import find_text_fault
 from hftl.data.rows import ENCODING_FAULT, RawRow, has_invalid_utf8
 from hftl.data.tables import READERS, guess_format, read_image_files
 from hftl.errors import DataError, RecipeError, suggest_closest
+from hftl.inference.load_predictor import load
 from hftl.inference.output_table import (
     OUTPUT_SUFFIXES,
     Columns,
@@ -21,7 +22,7 @@ from hftl.inference.output_table import (
     read_column_types,
     write_table,
 )
-from hftl.inference.predict import Prediction, Predictor, load
+from hftl.inference.predict import Prediction, Predictor
 from hftl.inference.prior import correct_predictions
 from hftl.inference.published_scores import find_set_quantile
 
