@@ -10,7 +10,8 @@ from test_compare import adapters
 
 import hftl
 from hftl.errors import DataError
-from hftl.inference.compare import compare_models, read_labelled_items
+from hftl.inference.compare import compare_models
+from hftl.inference.eval_data import read_labelled_items
 
 __all__ = ["adapters"]
 

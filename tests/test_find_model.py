@@ -10,7 +10,8 @@ import pytest
 from hftl.config.section import Source
 from hftl.errors import RunFolderError
 from hftl.inference import find_model
-from hftl.publish.published_metadata import PublishedMetadata, read_json_mapping
+from hftl.publish.published_metadata import PublishedMetadata
+from hftl.publish.settings_files import read_json_mapping
 
 
 def read(tree: Any, folder: Path) -> PublishedMetadata:

@@ -21,7 +21,7 @@ from hftl.models.encoders import get_blocks, get_stock_encoder, list_block_paths
 from hftl.models.lora import list_adapted_layers
 from hftl.models.model_parts import get_last_linear
 from hftl.models.source import find_source, load_image_processor
-from hftl.publish.published_metadata import ModelConfig
+from hftl.publish.settings_files import ModelConfig
 
 timm = pytest.importorskip("timm", reason="needs timm: pip install 'hftl[timm]'")
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fast_reload")]

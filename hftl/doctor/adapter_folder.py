@@ -11,7 +11,7 @@ from typing import Any
 
 from hftl.errors import HubError, RecipeError, format_error_line
 from hftl.models.source import SourceModel
-from hftl.publish.published_metadata import (
+from hftl.publish.settings_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     HEAD_WEIGHTS,

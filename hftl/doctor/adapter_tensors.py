@@ -14,13 +14,7 @@ from typing import Any
 
 import torch
 
-from hftl.doctor.adapter_folder import (
-    AdapterFolder,
-    Examination,
-    Finding,
-    defect,
-    format_names,
-)
+from hftl.doctor.adapter_folder import AdapterFolder, Examination, Finding, defect, format_names
 from hftl.doctor.renamed_modules import (
     PREFIX,
     find_renamed_keys,
@@ -34,7 +28,7 @@ from hftl.models.architectures import get_encoder_config
 from hftl.models.encoders import build_on_meta, get_encoder_class, get_task_class
 from hftl.models.pairs import IMAGE_HALF_SUFFIX
 from hftl.models.source import BUILD_ERRORS, SourceModel
-from hftl.publish.published_metadata import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from hftl.publish.settings_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 PEFT_TYPES = ("LORA", "IA3", "LN_TUNING", "VERA", "LOHA", "LOKR", "OFT", "BOFT")
 """Kinds of adapter that only put tensors into the model when they are loaded."""

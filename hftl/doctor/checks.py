@@ -33,14 +33,9 @@ from hftl.doctor.file_checks import (
 from hftl.doctor.load_check import check_reload, check_uninitialized_weights, read_whole_model
 from hftl.errors import HftlError, HubError, RecipeError, RunFolderError
 from hftl.models.source import SourceModel, find_source, hash_source_weights
-from hftl.publish.published_metadata import (
-    ADAPTER_CONFIG,
-    MODEL_CONFIG,
-    RECORD_FILE,
-    BaseReference,
-    find_changed_weights,
-    resolve_base,
-)
+from hftl.publish.base_reference import BaseReference, resolve_base
+from hftl.publish.published_metadata import find_changed_weights
+from hftl.publish.settings_files import ADAPTER_CONFIG, MODEL_CONFIG, RECORD_FILE
 from hftl.runtime import finished_files
 
 

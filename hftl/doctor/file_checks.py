@@ -26,7 +26,7 @@ from hftl.doctor.renamed_modules import get_module_path
 from hftl.errors import format_error_line
 from hftl.models.source import SourceModel
 from hftl.models.timm_architecture import TIMM_WRAPPER
-from hftl.publish.published_metadata import (
+from hftl.publish.settings_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     MODEL_CONFIG,

@@ -29,7 +29,7 @@ from hftl.doctor.renamed_modules import (
     shorten_targets,
 )
 from hftl.errors import RecipeError, format_error_line
-from hftl.publish.published_metadata import (
+from hftl.publish.settings_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     MODEL_CONFIG,

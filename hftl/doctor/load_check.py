@@ -33,12 +33,7 @@ from hftl.models.encoders import build_on_meta, has_prefix
 from hftl.models.heads import load_class
 from hftl.models.source import SourceModel, read_tensor_shapes
 from hftl.publish.checks import measure_reload_difference
-from hftl.publish.published_metadata import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    MODEL_CONFIG,
-    RECORD_FILE,
-)
+from hftl.publish.settings_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG, RECORD_FILE
 
 SEEDS = (20_010_101, 20_020_202)
 LOAD_TOLERANCE = 1e-5

@@ -1,127 +1,40 @@
-"""Score several runs or adapters on the same labelled items, each base loaded once.
-
-The items are the test items of a run, or a table or folder that is read as the first model's
-training table was. There is no recipe to change, so messages name no key of one.
-"""
+"""Score several runs or adapters on the same labelled items, each base loaded once."""
 
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from hftl.card.plots import plot_comparison
-from hftl.config.data import Data, Table
-from hftl.config.recipe import Recipe
 from hftl.console import format_table
-from hftl.data import prepare
 from hftl.data.facts import TagScheme
 from hftl.data.image_inputs import ImageInputs
-from hftl.data.images import warn_of_narrow_images
-from hftl.data.labels import (
-    decode_logits,
-    encode_for_metrics,
-    get_label_names,
-    recognize_tag_scheme,
+from hftl.data.labels import decode_logits, encode_for_metrics, recognize_tag_scheme
+from hftl.data.normalization import normalize_name
+from hftl.errors import RecipeError
+from hftl.inference.eval_data import (
+    LabelledItems,
+    count_known_items,
+    normalize_labels,
+    read_labelled_items,
+    read_shared_items,
 )
-from hftl.data.load import load_rows
-from hftl.data.normalization import normalize_content, normalize_name
-from hftl.data.rows import BadRows, InputSpec, Row
-from hftl.data.tables import READERS, SPLIT_NAMES, guess_format
-from hftl.errors import DataError, RecipeError, suggest_closest
-from hftl.inference.find_model import check_trained_head, find_published_folder, wrap_loading_errors
+from hftl.inference.find_model import check_trained_head, find_published_folder
 from hftl.inference.multi_adapter import iterate_predictors
 from hftl.inference.predict import Predictor
 from hftl.inference.predict_table import check_output
 from hftl.measure.gain import assign_units
 from hftl.measure.metrics import SELECTION_METRICS, Metric, find_metric
-from hftl.measure.record import Record
 from hftl.measure.scores import ComparedModel, compare_pair, score_with_interval
 from hftl.measure.verdict import format_gain
 from hftl.models.features import predict_logits
 from hftl.publish.published_metadata import PublishedMetadata
-from hftl.runtime import paths
 from hftl.runtime.run_folder import write_text
 
-TABLE_SUFFIXES = ".csv, .tsv, .jsonl, .parquet"
-FOLDER_FORMATS = {"text": "textfolder", "image": "imagefolder"}
 OUTPUT_SUFFIXES = (".csv", ".png")
-
-
-@dataclass(frozen=True)
-class LabelledItems:
-    """Hold the items that the models are scored on."""
-
-    rows: list[Row]
-    data: Data
-    """Says where the files of images are."""
-
-
-def read_labelled_items(path: Path, predictor: Predictor, folder: Path) -> LabelledItems:
-    """Read a table's rows as the model's own recipe reads its columns.
-
-    Args:
-        path: a table, or a folder with one folder a class.
-        predictor: the model.
-        folder: the model's.
-
-    Raises:
-        DataError: if it is not there, or a row cannot be used.
-        RunFolderError: if the model's record makes no sense.
-    """
-    if not path.exists():
-        raise DataError(f"{path} does not exist", "Check the path")
-    published = PublishedMetadata.read(folder).recipe.data
-    columns = published.train.model_dump()
-    with wrap_loading_errors(folder):
-        data = Data(
-            task=predictor.task,  # pyright: ignore[reportArgumentType]
-            train=Table(path=str(path), **columns),
-            max_pixels=published.max_pixels,
-        )
-    table = data.train
-    if path.is_dir():
-        _check_folder(path, predictor.modality)
-    else:
-        inputs = table.text_columns if predictor.modality == "text" else [table.image]
-        _check_columns(path, [*inputs, *table.label_columns])
-    patch = predictor.inputs.patch_size if isinstance(predictor.inputs, ImageInputs) else 1
-    bad = BadRows(fix="Correct it, or leave it out")
-    rows = load_rows(data, "train", bad, InputSpec(predictor.modality, patch))
-    warn_of_narrow_images((row.levels for row in rows), path.name)
-    return LabelledItems(rows, data)
-
-
-def _check_folder(path: Path, modality: str) -> None:
-    """Refuse a folder of the other modality, or one that is no folder of classes."""
-    fix = f"Give a folder with one folder of {modality}s a class, or a table"
-    classes = [p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")]
-    if not classes:
-        raise DataError(f"{path} has no folders, one a class", fix)
-    if all(p.name.lower() in SPLIT_NAMES for p in classes):
-        raise DataError(f"the folders of {path} name splits, not classes", "Give one of them")
-    if (path / "recipe.yaml").exists() or guess_format(path) != FOLDER_FORMATS[modality]:
-        raise DataError(f"{path} is no folder of labelled {modality}s", fix)
-
-
-def _check_columns(path: Path, required: list[str]) -> None:
-    """Refuse a table without the columns that the first model was trained with."""
-    name = path.suffix.lower()
-    if name not in TABLE_SUFFIXES.split(", ") and name not in (".json", ".ndjson"):
-        raise DataError(
-            f"{path}: the suffix {name!r} is of no labelled table", f"Use {TABLE_SUFFIXES}"
-        )
-    first = next(iter(READERS[guess_format(path)](path)), None)
-    has = [] if first is None else list(map(str, first.values))
-    for column in required:
-        if first is not None and column not in has:
-            raise DataError(
-                f"{path.name}: no column {column!r}{suggest_closest(column, has).rstrip('?')}; "
-                f"it has {', '.join(has)}",
-                f"The first model was trained with {', '.join(map(repr, required))}: name them so",
-            )
 
 
 def compare_models(
@@ -146,18 +59,17 @@ def compare_models(
     """
     check_output(output, OUTPUT_SUFFIXES, [".png"])
     folders = [_find_model_folder(model) for model in models]
-    shared, unknown = (None, []) if data else _read_shared_items(models, folders)
+    shared, unknown = (None, []) if data else read_shared_items(models, folders)
     predictions: dict[int, np.ndarray] = {}
     first: Predictor | None = None
     items: LabelledItems | None = None
     scheme: TagScheme | None = None
     for number, predictor in iterate_predictors(folders, base):
-        predictor = _normalise_predictor(models[number], predictor)
+        predictor = _normalize_predictor(models[number], predictor)
         if first is None or items is None:
             first = predictor
             items = shared or read_labelled_items(Path(data or ""), predictor, folders[number])
-            items = replace(items, rows=list(map(_normalise_row, items.rows)))
-            _check_labels(items, predictor)
+            items = normalize_labels(items, predictor)
             scheme = _find_tag_scheme(models[number], folders[number], predictor)
         _check_comparable(models[number], predictor, first)
         predictions[number] = _predict_items(predictor, items, first.class_names, scheme)
@@ -179,7 +91,7 @@ def compare_models(
         warnings += [
             f"\n  warning: {count:,} of these items are in train or validation of {model}, so that "
             "its score is too good"
-            for model, count in _count_known_items(models, items).items()
+            for model, count in count_known_items(models, items).items()
         ]
     return _format_comparison(rows, len(items.rows)) + "".join(warnings)
 
@@ -190,70 +102,7 @@ def _find_model_folder(model: str) -> Path:
     return folder
 
 
-def _read_shared_items(
-    models: Sequence[str], folders: Sequence[Path]
-) -> tuple[LabelledItems, list[str]]:
-    """Return the test items of the runs among the models, and the models of unknown data.
-
-    A model that was fetched or copied is scored on them too: hftl records the data and splits that
-    it trained on, and other models may have been trained on these very items.
-
-    Raises:
-        RecipeError: if none is a run, or one was split otherwise.
-    """
-    runs = {model: run for model in models if (run := _find_run(model)) is not None}
-    if not runs:
-        raise RecipeError(
-            f"{' and '.join(dict.fromkeys(models))}: there are no test items to score them on, "
-            "as none is a run on this machine",
-            "Give a table: --data TABLE",
-        )
-    first, run = next(iter(runs.items()))
-    expected = Record.read(run).data.fingerprint
-    unknown: list[str] = []
-    for model, folder in zip(models, folders, strict=True):
-        fingerprint = (
-            Record.read(runs[model]).data.fingerprint
-            if model in runs
-            else _read_fingerprint(folder)
-        )
-        if fingerprint is None:
-            unknown.append(model)
-        elif fingerprint != expected:
-            raise RecipeError(
-                f"{model} has other data or splits than {first}", "Give a table: --data TABLE"
-            )
-    prepared = prepare.read_prepared_data(run / "phases" / "data")
-    return LabelledItems(prepared.rows["test"], Recipe.load(run / "recipe.yaml").data), unknown
-
-
-def _find_run(model: str) -> Path | None:
-    """Return the run folder that a model names; None for what was published or fetched."""
-    path = paths.resolve_published_path(model, "the model")
-    return path if path and (path / "recipe.yaml").exists() else None
-
-
-def _count_known_items(models: Sequence[str], items: LabelledItems) -> dict[str, int]:
-    """Return how many of the items each run had in train or validation, for runs that had any."""
-    contents = [normalize_content(row.content) for row in items.rows]
-    counts: dict[str, int] = {}
-    for model in dict.fromkeys(models):
-        run = _find_run(model)
-        if run is None:
-            continue
-        rows = prepare.read_prepared_data(run / "phases" / "data").rows
-        known = {normalize_content(row.content) for row in rows["train"] + rows["validation"]}
-        counts[model] = sum(content in known for content in contents)
-    return {model: count for model, count in counts.items() if count}
-
-
-def _read_fingerprint(folder: Path) -> str | None:
-    """Return the hash of the data and splits that a published model names; None without one."""
-    data = PublishedMetadata.read(folder).data
-    return data.fingerprint if data is not None else None
-
-
-def _normalise_predictor(model: str, predictor: Predictor) -> Predictor:
+def _normalize_predictor(model: str, predictor: Predictor) -> Predictor:
     """Return the model with its classes spelled as those of a table are.
 
     Raises:
@@ -267,27 +116,6 @@ def _normalise_predictor(model: str, predictor: Predictor) -> Predictor:
             "Train it on labels of one spelling",
         )
     return replace(predictor, class_names=names)
-
-
-def _normalise_row(row: Row) -> Row:
-    """Return the row of a table or of an older run with its labels spelled alike."""
-    if isinstance(row.label, float):
-        return row
-    if isinstance(row.label, tuple):
-        return replace(row, label=tuple(map(normalize_name, row.label)))
-    return replace(row, label=normalize_name(row.label))
-
-
-def _check_labels(items: LabelledItems, predictor: Predictor) -> None:
-    for row in items.rows:
-        names = get_label_names(row.label, predictor.task)
-        unknown = set(names) - set(predictor.class_names)
-        if unknown:
-            raise DataError(
-                f"{row.where}: the label {min(unknown)!r} is none of the model's: "
-                f"{', '.join(predictor.class_names)}",
-                "Correct the label, or give other models",
-            )
 
 
 def _check_comparable(model: str, predictor: Predictor, first: Predictor) -> None:

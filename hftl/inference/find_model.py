@@ -7,16 +7,15 @@ from pathlib import Path
 from hftl.errors import HftlError, RecipeError, RunFolderError, is_out_of_memory
 from hftl.models.source import LOADING_ERRORS, describe_load_error, find_source, hash_source_weights
 from hftl.publish import reload_check
-from hftl.publish.published_metadata import (
+from hftl.publish.base_reference import resolve_base
+from hftl.publish.published_metadata import PublishedMetadata, find_changed_weights
+from hftl.publish.settings_files import (
     ADAPTER_CONFIG,
     HEAD_WEIGHTS,
     MODEL_CONFIG,
     RECORD_FILE,
     AdapterConfig,
     ModelConfig,
-    PublishedMetadata,
-    find_changed_weights,
-    resolve_base,
 )
 from hftl.runtime import finished_files, paths
 

@@ -33,13 +33,8 @@ from hftl.models.heads import get_placeholder_name
 from hftl.models.quantization import build_quantization_config, check_quantization
 from hftl.models.source import find_source
 from hftl.publish import reload_check
-from hftl.publish.published_metadata import (
-    ADAPTER_WEIGHTS,
-    HEAD_WEIGHTS,
-    MODEL_CONFIG,
-    AdapterConfig,
-    PublishedMetadata,
-)
+from hftl.publish.published_metadata import PublishedMetadata
+from hftl.publish.settings_files import ADAPTER_WEIGHTS, HEAD_WEIGHTS, MODEL_CONFIG, AdapterConfig
 from hftl.runtime import paths
 
 

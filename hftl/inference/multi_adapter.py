@@ -17,7 +17,7 @@ from hftl.inference.load import (
 )
 from hftl.inference.load_predictor import build_predictor
 from hftl.inference.predict import Predictor
-from hftl.publish.published_metadata import HEAD_WEIGHTS, THRESHOLDS_KEY, AdapterConfig
+from hftl.publish.settings_files import HEAD_WEIGHTS, THRESHOLDS_KEY, AdapterConfig
 
 
 def iterate_predictors(

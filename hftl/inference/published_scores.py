@@ -19,11 +19,8 @@ from hftl.measure.conformal import (
     find_stored_rank,
 )
 from hftl.measure.facts import LabelCurve
-from hftl.publish.published_metadata import (
-    THRESHOLDS_KEY,
-    PublishedConformal,
-    PublishedMetadata,
-)
+from hftl.publish.published_metadata import PublishedConformal, PublishedMetadata
+from hftl.publish.settings_files import THRESHOLDS_KEY
 
 
 def read_label_curves(

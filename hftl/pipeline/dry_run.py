@@ -22,8 +22,8 @@ from hftl.publish.checks import (
     resolve_public_base,
 )
 from hftl.publish.http_retry import retry_requests
-from hftl.publish.published_metadata import ADAPTER_CONFIG
 from hftl.publish.push import PushTarget, inspect_target, validate_card_on_hub
+from hftl.publish.settings_files import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo

@@ -15,11 +15,7 @@ from hftl.config.recipe import Recipe
 from hftl.config.section import build_recipe_error
 from hftl.errors import HftlError, HoldError, HubError, RecipeError, RunFolderError
 from hftl.measure.record import Record
-from hftl.pipeline.amend import (
-    amend_record,
-    render_adapted_base_files,
-    render_amended_files,
-)
+from hftl.pipeline.amend import amend_record, render_adapted_base_files, render_amended_files
 from hftl.pipeline.publish_folder import render_amended_report
 from hftl.publish.checks import (
     TokenPermissionError,
@@ -32,14 +28,8 @@ from hftl.publish.checks import (
     resolve_public_base,
 )
 from hftl.publish.http_retry import HubResponseError, retry_requests
-from hftl.publish.published_metadata import ADAPTER_CONFIG, RECORD_FILE
-from hftl.publish.push import (
-    PushResult,
-    PushTarget,
-    RepoStateError,
-    inspect_target,
-    push_folder,
-)
+from hftl.publish.push import PushResult, PushTarget, RepoStateError, inspect_target, push_folder
+from hftl.publish.settings_files import ADAPTER_CONFIG, RECORD_FILE
 from hftl.runtime import finished_files, run_folder
 
 MESSAGE = "Publish a model with the evidence of what its transfer was worth"

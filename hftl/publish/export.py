@@ -40,7 +40,7 @@ from hftl.models.pairs import EMBEDDING_SCALE, EmbeddingModel
 from hftl.models.pooled_model import PooledImageModel, PooledModel
 from hftl.models.quantization import build_quantization_config
 from hftl.models.timm_architecture import TIMM_WRAPPER, set_timm_image_size
-from hftl.publish.published_metadata import THRESHOLDS_KEY, drop_local_names
+from hftl.publish.settings_files import THRESHOLDS_KEY, drop_local_names
 from hftl.runtime.run_folder import to_json
 
 SAMPLE_ROWS = 32

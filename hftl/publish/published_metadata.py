@@ -1,171 +1,21 @@
-"""Read what a published folder says of itself, and resolve the base that its adapter goes on.
+"""Read what a published folder's hftl.json says of the model.
 
-`hftl.json` is validated once, as it is read; a folder that plain peft wrote has none, and gets the
-defaults. `adapter_config.json` and `config.json` may be anybody's.
+It is validated once, as it is read; a folder that plain peft wrote has none, and gets the defaults.
 """
 
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from hftl.config.data import Data, Task
-from hftl.config.recipe import Recipe
-from hftl.config.section import Source
 from hftl.data.facts import LabelType, TagScheme
 from hftl.errors import RunFolderError
 from hftl.measure.facts import LabelCurve
+from hftl.publish.settings_files import RECORD_FILE, read_json_mapping
 from hftl.runtime import paths
-from hftl.runtime.run_folder import UnreadableJsonError, hash_file, read_json
-
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-MODEL_CONFIG = "config.json"
-RECORD_FILE = "hftl.json"
-HEAD_WEIGHTS = "head.safetensors"
-THRESHOLDS_KEY = "label_thresholds"
-"""In config.json, the probability above which each label of several is predicted; transformers
-ignores it."""
-LABEL_ID = re.compile(r"[0-9]{1,18}")
-"""Python refuses to read a longer number."""
-
-
-def read_json_mapping(path: Path) -> dict[str, object]:
-    """Read the mapping in a JSON file; an empty one where there is no file.
-
-    Raises:
-        RunFolderError: if the file holds no mapping.
-    """
-    if not path.exists():
-        return {}
-    try:
-        content = read_json(path)
-    except (OSError, UnreadableJsonError) as error:
-        raise _build_json_error(path) from error
-    if not isinstance(content, dict):
-        raise _build_json_error(path)
-    return content
-
-
-def _build_json_error(path: Path) -> RunFolderError:
-    name = paths.get_display_name(path.parent)
-    return RunFolderError(
-        f"{name}: {path.name} is no mapping in JSON", f"Look closer: hftl doctor {name}"
-    )
-
-
-def drop_local_names(settings: dict[str, object]) -> dict[str, object]:
-    """Return settings without the local paths that transformers writes into them."""
-    return {k: v for k, v in settings.items() if k not in ("_name_or_path", "name_or_path")}
-
-
-@dataclass(frozen=True)
-class SettingsFile:
-    """Hold a mapping in JSON of anybody's; a value of an unexpected type reads as missing."""
-
-    FILE: ClassVar[str]
-    settings: dict[str, object] = field(default_factory=dict)
-    """All of them, as they stand in the file."""
-
-    @classmethod
-    def read(cls, folder: Path) -> Self:
-        """Read the settings of a folder; none where there is no such file.
-
-        Raises:
-            RunFolderError: if the file holds no mapping.
-        """
-        return cls(read_json_mapping(folder / cls.FILE))
-
-    def get_text(self, key: str) -> str | None:
-        """Return a text that is not empty."""
-        value = self.settings.get(key)
-        return value if isinstance(value, str) and value else None
-
-    def get_names(self, key: str) -> list[str]:
-        """Return a list of names; empty where it is missing."""
-        names = self.settings.get(key)
-        return list(map(str, names)) if isinstance(names, list) else []
-
-    def get_mapping(self, key: str) -> dict[str, object]:
-        """Return a mapping inside; empty where it is missing."""
-        value = self.settings.get(key)
-        return value if isinstance(value, dict) else {}
-
-
-class ModelConfig(SettingsFile):
-    """Hold the settings of config.json."""
-
-    FILE = MODEL_CONFIG
-
-    @property
-    def class_names(self) -> list[str]:
-        """Return the classes of transformers that it was made of, mostly one."""
-        return self.get_names("architectures")
-
-    @property
-    def label_names(self) -> list[str]:
-        """Return the label names in the order of their ids; empty where it has none."""
-        if "id2label" not in self.settings:
-            return self.get_names("label_names")  # as timm writes them
-        names = self.get_mapping("id2label")
-        if not all(LABEL_ID.fullmatch(str(key)) for key in names):
-            return []
-        return [str(names[key]) for key in sorted(names, key=lambda key: int(str(key)))]
-
-
-class AdapterConfig(SettingsFile):
-    """Hold the settings of adapter_config.json."""
-
-    FILE = ADAPTER_CONFIG
-
-    @property
-    def base_name(self) -> str | None:
-        """Return the hub id or path of the base."""
-        return self.get_text("base_model_name_or_path")
-
-    @property
-    def base_hub_id(self) -> str | None:
-        """Return the base's name where it reads as a hub id."""
-        name = self.base_name
-        return name if name and paths.is_hub_id(name) else None
-
-    @property
-    def revision(self) -> str | None:
-        """Return the commit of the base."""
-        return self.get_text("revision")
-
-    @property
-    def task_type(self) -> str | None:
-        """Return peft's name of the task, such as SEQ_CLS."""
-        return self.get_text("task_type")
-
-    @property
-    def model_class(self) -> str | None:
-        """Return the class of transformers, which peft writes where there is no task type."""
-        name = self.get_mapping("auto_mapping").get("base_model_class")
-        return name if isinstance(name, str) else None
-
-    @property
-    def modules_to_save(self) -> list[str]:
-        """Return the modules that are saved whole beside the adapter."""
-        return self.get_names("modules_to_save")
-
-    def find_local_base(self, follow_paths: bool = True) -> Path | None:
-        """Return the folder of this machine that is named as the base; None where there is none.
-
-        Only a hub has commits, so a pinned hub id is never a folder here. A path counts where it is
-        the folder of a model: no other file that a stranger may name is opened.
-        """
-        name = self.base_name
-        is_pinned = self.base_hub_id is not None and self.revision is not None
-        if not follow_paths or name is None or is_pinned or name.startswith(paths.PACKAGE_PREFIX):
-            return None
-        folder = paths.resolve_local_path(name, ADAPTER_CONFIG)
-        return folder if folder is not None and (folder / MODEL_CONFIG).is_file() else None
-
+from hftl.runtime.run_folder import hash_file
 
 TextColumns = str | Annotated[list[str], Field(min_length=1, max_length=2)]
 LabelColumns = str | Annotated[list[str], Field(min_length=2)]
@@ -355,69 +205,3 @@ def _find_faulty_key(tree: object, error: ValidationError) -> tuple[str, object]
         tree = tree[key]
         keys.append(key)
     return ".".join(keys), tree
-
-
-@dataclass(frozen=True)
-class BaseReference:
-    """Say where an adapter's base is.
-
-    `on_hub` is True where the source is a hub id even if a folder here has that name.
-    """
-
-    source: Source
-    on_hub: bool = False
-
-
-def resolve_base(
-    folder: Path, adapter: AdapterConfig, recorded: str, is_adapted: bool, base: str | None = None,
-    follow_paths: bool = True,
-) -> BaseReference | None:  # fmt: skip
-    """Return where the base of an adapter is; None where nothing says it.
-
-    The first of these that applies: what the user says, the base that the adapter's own run has
-    adapted, the source in that run's recipe, an installed package, what the adapter names.
-
-    Args:
-        folder: the adapter's.
-        adapter: its settings.
-        recorded: the source model that hftl.json names, or an empty text.
-        is_adapted: whether training changed the source before the adapter was put on it.
-        base: what the user says it is.
-        follow_paths: False ignores a path that the adapter names, as whoever wrote it may have
-            meant any file of this machine.
-    """
-    if base is not None:
-        return BaseReference(Source(model=base))
-    if is_adapted:
-        if (folder.parent / "publish-base").exists():
-            return BaseReference(Source(model=str(folder.parent / "publish-base")))
-    else:
-        own = _read_recipe_source(folder)
-        # A relative path holds only where the run was made, a pinned base everywhere.
-        if own is not None and (paths.is_local(own.model) or adapter.revision is None):
-            return BaseReference(own)
-        if _is_installed_package(recorded):
-            return BaseReference(Source(model=recorded))
-    return _resolve_named_base(adapter, follow_paths)
-
-
-def _resolve_named_base(adapter: AdapterConfig, follow_paths: bool) -> BaseReference | None:
-    """Return the base that adapter_config.json names."""
-    folder = adapter.find_local_base(follow_paths)
-    if folder is not None:
-        return BaseReference(Source(model=str(folder)))
-    if adapter.base_hub_id is None:
-        return None
-    return BaseReference(Source(model=adapter.base_hub_id, revision=adapter.revision), on_hub=True)
-
-
-def _is_installed_package(place: str) -> bool:
-    """Return whether a place is inside an installed package, and not reached from it by `..`."""
-    inside = place.removeprefix(paths.PACKAGE_PREFIX)
-    return place != inside and not paths.leaves_folder(inside) and paths.is_local(place)
-
-
-def _read_recipe_source(folder: Path) -> Source | None:
-    """Read the source in the recipe of the run that the folder is the publish folder of."""
-    file = folder.parent / "recipe.yaml"
-    return Recipe.load(file).source if folder.name == "publish" and file.exists() else None

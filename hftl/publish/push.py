@@ -12,7 +12,7 @@ from hftl.errors import HubError
 from hftl.publish import http_retry
 from hftl.publish.checks import is_publishable
 from hftl.publish.http_retry import HubResponseError, UnknownOutcomeError, wrap_hub_errors
-from hftl.publish.published_metadata import RECORD_FILE
+from hftl.publish.settings_files import RECORD_FILE
 from hftl.runtime.paths import get_http_status
 from hftl.runtime.run_folder import hash_file
 
