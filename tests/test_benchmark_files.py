@@ -7,13 +7,12 @@ from typing import Any
 import pytest
 import yaml
 from huggingface_hub import parse_eval_result_entries
-from support.records import make_record, render
+from support.records import make_record, render, validate_own_card
 from test_card import front_matter
 
 from hftl.card.metadata import EVERY_EVAL_EVER_FILE, build_benchmark_files
 from hftl.card.report import build_widget_examples
 from hftl.card.sections import format_environment
-from hftl.card.validation import validate_own_card
 from hftl.config.recipe import Recipe
 from hftl.errors import RecipeError
 from hftl.measure.record import Environment, Record

@@ -11,12 +11,18 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
-from support.records import GAINS, add_forgetting, make_record, render, render_page
+from support.records import (
+    GAINS,
+    add_forgetting,
+    make_record,
+    render,
+    render_page,
+    validate_own_card,
+)
 
 from hftl.card.card import format_gain_sentence
 from hftl.card.plots import plot_frontier, plot_ladder
 from hftl.card.report import render_report
-from hftl.card.validation import validate_own_card
 from hftl.card.wording import (
     build_forgetting_rows,
     format_forgetting_sentence,

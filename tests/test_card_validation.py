@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 import yaml
+from support.records import validate_own_card
 
-from hftl.card.validation import validate_card, validate_own_card
+from hftl.card.validation import validate_card
 
 RESULT = {
     "task": {"type": "text-classification"},

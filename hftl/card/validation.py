@@ -21,13 +21,6 @@ from hftl.config.publish import (
 )
 from hftl.errors import format_error_line
 
-HFTL_KEYS = frozenset(
-    """
-    base_model base_model_relation base_model_revision library_name pipeline_tag language license
-    license_name license_link datasets metrics tags model-index widget co2_eq_emissions
-    """.split()
-)
-"""All that stands in the metadata of a card that hftl writes."""
 PLACEHOLDER = re.compile(r"\[?more information needed\]?", re.IGNORECASE)
 LOCAL_PATH = re.compile(
     r"(?<![\w.:/])(?:/home/|/Users/|/root/|/tmp/)[\w.-]+|\b[A-Za-z]:\\Users\\[\w.-]+"
@@ -73,29 +66,6 @@ def validate_card(text: str) -> list[str]:
     )
     findings = [problem for check in checks for problem in check(front)]
     return findings + _check_text(text)
-
-
-def validate_own_card(text: str, measured: bool = True) -> list[str]:
-    """Return the same of a card that hftl wrote, which must also hold results and no other key.
-
-    Args:
-        text: the whole README.md.
-        measured: whether the record has scores; an encoder without a task has none.
-    """
-    findings = validate_card(text)
-    front, _ = _parse_metadata(text)
-    if front is None:
-        return findings
-    strange = sorted((front.model_extra or {}).keys() - HFTL_KEYS)
-    if strange:
-        findings.append(
-            f"The metadata have the key {_shorten_value(strange[0])}, "
-            f"which hftl does not write; write the "
-            "card anew with `hftl card RUN`"
-        )
-    if measured and not findings and not _parse_results(front):
-        findings.append("model-index is empty; write the card anew with `hftl card RUN`")
-    return findings
 
 
 def is_hub_id(text: str) -> bool:

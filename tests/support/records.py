@@ -4,13 +4,23 @@ import copy
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
+
 from hftl.card.card import render_card
 from hftl.card.report import ImageLookup, render_report
+from hftl.card.validation import validate_card
 from hftl.config.recipe import Recipe
 from hftl.measure.error_analysis import ErrorAnalysis
 from hftl.measure.record import SCHEMA_VERSION, BaselineGain, Gain, Record
 from hftl.measure.verdict import decide_verdict
 
+HFTL_KEYS = frozenset(
+    """
+    base_model base_model_relation base_model_revision library_name pipeline_tag language license
+    license_name license_link datasets metrics tags model-index widget co2_eq_emissions
+    """.split()
+)
+"""All that stands in the metadata of a card that hftl writes."""
 GAINS: dict[str, dict[str, Any] | None] = {
     "positive": {"value": 0.105, "ci95": [0.071, 0.139]},
     "equivalent": {"value": 0.002, "ci95": [-0.004, 0.008]},
@@ -190,3 +200,16 @@ def _make_arms(ladder: list[dict[str, Any]], metric: str, seeds: list[int]) -> l
         for row in ladder
         for seed, shift in zip(seeds, spread, strict=True)
     ]  # fmt: skip
+
+
+def validate_own_card(text: str, measured: bool = True) -> list[str]:
+    """Return what is wrong with a card that hftl wrote: it holds results, and no other key."""
+    findings = validate_card(text)
+    if findings:
+        return findings
+    data = ModelCard(text).data
+    strange = sorted(data.to_dict().keys() - HFTL_KEYS)
+    findings += [f"the key {key!r} is none that hftl writes" for key in strange]
+    if measured and not data.eval_results:
+        findings.append("model-index is empty")
+    return findings
