@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from hftl.config.adapt import Method, Objective
 from hftl.data.facts import OpenPart, RecordPart
 from hftl.train.facts import Number
 
@@ -51,8 +52,8 @@ class AdaptEvaluation(RecordPart):
 class AdaptStage(OpenPart):
     """Describe one adaptation: how it was made, what it did, what was taken over."""
 
-    objective: Literal["mlm", "clm", "mae"]
-    method: Literal["full", "lora", "lora+blocks"]
+    objective: Objective
+    method: Method
     kept: Literal["adapted", "original"]
     why: str | None
     """The reason where the original weights were kept."""

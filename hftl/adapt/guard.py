@@ -13,6 +13,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from hftl.adapt.facts import AdaptEvaluation, AdaptStage, CorpusFacts, GuardFigures, LossChange
+from hftl.config.adapt import Method, Objective
 from hftl.data.facts import OpenPart
 from hftl.errors import NumericError
 from hftl.runtime.distributed import broadcast_from_main
@@ -211,8 +212,8 @@ class AdaptationResult(OpenPart):
 class AdaptationFacts(AdaptationResult):
     """Describe a finished adaptation: how it was made, from what, and its result."""
 
-    objective: Literal["mlm", "clm", "mae"]
-    method: Literal["full", "lora", "lora+blocks"]
+    objective: Objective
+    method: Method
     guard: str
     tolerance: Number
     relative: bool = False

@@ -18,9 +18,9 @@ from hftl.config.data import Table
 from hftl.config.publish import Benchmark
 from hftl.measure.metrics import describe_metric
 from hftl.measure.record import Record
+from hftl.runtime.paths import TABLE_FORMATS
 from hftl.runtime.run_folder import to_json
 
-TABLE_SUFFIX = re.compile(r"\.(csv|tsv|jsonl?|ndjson|parquet|txt)$")
 GENERIC_NAMES = ("data", "dataset", "train", "images", "rows")
 """Last names of paths that say nothing; the one before does."""
 
@@ -143,7 +143,11 @@ def list_hub_datasets(record: Record) -> list[str]:
 def format_title(record: Record) -> str:
     """Return a name for the model: its source, its data, its strategy."""
     base = record.source.name.rsplit("/", 1)[-1]
-    parts = [TABLE_SUFFIX.sub("", part) for part in record.data.name.split("/") if part]
+    parts = [
+        Path(part).stem if Path(part).suffix in TABLE_FORMATS else part
+        for part in record.data.name.split("/")
+        if part
+    ]
     named = [part for part in parts if part not in GENERIC_NAMES]
     data = (named or parts or ["data"])[-1]
     return f"{slugify(base)}-{slugify(data)}-{record.own_arm}"

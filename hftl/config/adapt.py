@@ -8,6 +8,8 @@ from hftl.config.section import Section
 from hftl.config.upstream_args import validate_lora_args, validate_training_args
 from hftl.errors import RecipeError
 
+Objective = Literal["mlm", "clm", "mae"]
+Method = Literal["full", "lora", "lora+blocks"]
 DEFAULT_ADAPT_TRAINING = {"num_train_epochs": 10, "warmup_steps": 0.06, "weight_decay": 0.01}
 DEFAULT_ADAPT_LORA = {"r": 16, "lora_alpha": 32}
 DEFAULT_ADAPT_RATES = {
@@ -36,12 +38,12 @@ class Decoder(Section):
 class Adapt(Section):
     """Describe continued pre-training on unlabelled inputs, and the guard against forgetting."""
 
-    objective: Literal["mlm", "clm", "mae"]
+    objective: Objective
     """Predict masked tokens, the next token of a decoder, or masked patches."""
     corpus: Literal["task", "unlabeled"] | None = None
     """`task`: train's own inputs, before shots (TAPT); `unlabeled`: data.unlabeled (DAPT); null:
     unlabeled where it is given (Gururangan et al. 2020, arXiv:2004.10964)."""
-    method: Literal["full", "lora", "lora+blocks"] = "full"
+    method: Method = "full"
     mask_ratio: float | None = Field(default=None, gt=0, lt=1)
     """mlm, mae: share of the words, or of the patches, that are hidden; null: .15, .75."""
     whole_words: bool = True

@@ -1,7 +1,8 @@
 """Read tables of every format: files, folders of texts or images, and datasets of the Hub.
 
 A reader is a function from a path to an iterator of `RawRow`, each with the file and line that it
-comes from. To read another format, write one such function and name it in `READERS`.
+comes from. To read another format, write one such function and name it in `READERS`, in
+`Table.format` and, where a suffix implies it, in `paths.TABLE_FORMATS`.
 """
 
 import json
@@ -188,10 +189,8 @@ def guess_format(path: Path) -> str:
         )
     if path.is_dir():
         return "imagefolder" if has_mostly_images(path) else "textfolder"
-    suffix = path.suffix.lower()
-    synonyms = {".json": "jsonl", ".ndjson": "jsonl", ".tsv": "csv"}
-    name = synonyms.get(suffix, suffix.removeprefix("."))
-    if name not in READERS:
+    name = paths.TABLE_FORMATS.get(path.suffix.lower())
+    if name is None:
         raise DataError(
             f"{path.name}: the suffix {path.suffix!r} says no format",
             f"Rename it, or set the table's format to one of {', '.join(READERS)}",

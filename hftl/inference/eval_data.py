@@ -25,7 +25,7 @@ from hftl.measure.record import Record
 from hftl.publish.published_metadata import PublishedMetadata
 from hftl.runtime import paths
 
-TABLE_SUFFIXES = ".csv, .tsv, .jsonl, .parquet"
+TABLE_SUFFIXES = [suffix for suffix, name in paths.TABLE_FORMATS.items() if name != "txt"]
 FOLDER_FORMATS = {"text": "textfolder", "image": "imagefolder"}
 
 
@@ -87,10 +87,11 @@ def _check_folder(path: Path, modality: str) -> None:
 
 def _check_columns(path: Path, required: list[str]) -> None:
     """Refuse a table without the columns that the first model was trained with."""
-    name = path.suffix.lower()
-    if name not in TABLE_SUFFIXES.split(", ") and name not in (".json", ".ndjson"):
+    suffix = path.suffix.lower()
+    if suffix not in TABLE_SUFFIXES:
         raise DataError(
-            f"{path}: the suffix {name!r} is of no labelled table", f"Use {TABLE_SUFFIXES}"
+            f"{path}: the suffix {suffix!r} is of no labelled table",
+            f"Use {', '.join(TABLE_SUFFIXES)}",
         )
     first = next(iter(READERS[guess_format(path)](path)), None)
     has = [] if first is None else list(map(str, first.values))

@@ -15,7 +15,11 @@ from typing import Any
 from hftl.errors import HubError, RecipeError, format_error_line, is_disk_full
 
 HUB_ID_PATTERN = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-TABLE_PATTERN = re.compile(r".*\.(csv|tsv|jsonl?|ndjson|parquet|txt)", re.IGNORECASE)
+TABLE_FORMATS = {
+    ".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl",
+    ".parquet": "parquet", ".txt": "txt",
+}  # fmt: skip
+"""The format that the suffix of a table's file implies."""
 PACKAGE_PREFIX = "package:"
 ASSETS_FOLDER = "assets"
 """Where benchmarks/assets.py builds the data and models of the recipes, each in its own folder."""
@@ -48,7 +52,7 @@ def resolve_local_path(place: str, key: str) -> Path | None:
     """
     if not place.startswith(PACKAGE_PREFIX):
         path = Path(os.path.expanduser(place))
-        on_hub = is_hub_id(place) and not TABLE_PATTERN.fullmatch(place)
+        on_hub = is_hub_id(place) and path.suffix.lower() not in TABLE_FORMATS
         return None if on_hub and not path.exists() else path
     name, _, inside = place.removeprefix(PACKAGE_PREFIX).partition("/")
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
