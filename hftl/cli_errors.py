@@ -5,6 +5,7 @@ Launchers replace the codes of the processes they start, so error.json is where 
 
 import errno
 import shutil
+import sys
 import tempfile
 import time
 import traceback
@@ -37,6 +38,8 @@ LOST_CONNECTION_MESSAGES = (
     "heartbeat",
 )
 """Parts of torch's messages when another process is gone, perhaps on another machine."""
+LIMIT_ERRNOS = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+"""Error numbers of the system where it starts no process, or opens no file, for lack of them."""
 PERMISSION_ERRNOS = (errno.EACCES, errno.EPERM, errno.EROFS)
 """Error numbers of the system where a file may not be written."""
 SIGNAL_EXIT_CODES = (130, 143)
@@ -87,6 +90,8 @@ def report_unexpected_error(error: Exception, debug: bool) -> int:
     file_error = _convert_file_error(error)
     if file_error is not None:
         return report_failure(file_error.exit_code, error, str(file_error), debug)
+    if isinstance(error, OSError) and error.errno in LIMIT_ERRNOS:
+        return report_failure(7, error, str(_build_limit_error(error)), debug)
     if is_out_of_memory(error):
         resource_error = ResourceError(
             f"memory ran out: {format_error_line(error)}",
@@ -120,12 +125,22 @@ def _build_disk_error(error: Exception) -> ResourceError:
     )
 
 
+def _build_limit_error(error: OSError) -> ResourceError:
+    return ResourceError(
+        f"the system gives no more processes, memory or open files: {format_error_line(error)}",
+        "Look at `ulimit -a` and at the free memory; what was finished stays, and the same command "
+        "goes on",
+    )
+
+
 def _convert_file_error(error: Exception) -> RecipeError | None:
-    """Return the error for a file that may not be opened, or whose folder is missing."""
+    """Return the error for a file that may not be opened, or whose folder or program is missing."""
     if not isinstance(error, OSError) or not isinstance(error.filename, str):
         return None
     is_folder_missing = error.errno == errno.ENOENT and not Path(error.filename).parent.is_dir()
-    if error.errno not in PERMISSION_ERRNOS and not is_folder_missing:
+    # Processes of their own are started with this interpreter, whose environment may be gone.
+    is_expected = is_folder_missing or error.filename == sys.executable
+    if error.errno not in PERMISSION_ERRNOS and not is_expected:
         return None
     return RecipeError(f"{error.filename}: {error.strerror}", "Check the path and who may use it")
 

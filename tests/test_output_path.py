@@ -2,6 +2,7 @@
 
 import errno
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,12 @@ def test_error_of_the_system_is_no_bug(
     assert cli_errors.report_unexpected_error(OSError(code, os.strerror(code), path), False) == 2
     said = capsys.readouterr().err
     assert f"hftl: error: {path}: {os.strerror(code)}." in said and said.count("\n") == 1
+
+
+def test_interpreter_that_is_gone_is_no_bug(capsys: pytest.CaptureFixture[str]) -> None:
+    error = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), sys.executable)
+    assert cli_errors.report_unexpected_error(error, debug=False) == 2
+    assert capsys.readouterr().err.startswith(f"hftl: error: {sys.executable}: No such file")
 
 
 def test_missing_file_of_hftl_is_a_bug(tmp_path: Path) -> None:

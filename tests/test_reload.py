@@ -1,6 +1,8 @@
 """Load published folders in a fresh process with plain peft and transformers."""
 
+import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from safetensors.torch import save_file
 from support.fresh_process import FreshProcess
 from support.published_model import TOKENS, open_context, publish_model, write_data
 
+from hftl import cli_errors
 from hftl.card.snippets import ModelFolder, render_plain_snippet
 from hftl.finetune.arm import train_arm
 from hftl.models import lora
@@ -144,6 +147,24 @@ def test_another_process_checks_in_place_of_one_that_was_killed(
     case = ("bert", False, "classification", "mean", "head")
     jobs = publish_case(case, tiny_model, tmp_path)
     assert measure_reload_difference(*jobs, "cpu", waiting) <= 1e-5
+
+
+def test_process_that_cannot_be_started_is_reported_when_it_is_needed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(reload_process, "WaitingReload", WaitingReload)
+    monkeypatch.setattr(reload_process, "subprocess", subprocess)
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    with reload_process.prepare_reload(is_needed=True) as waiting:
+        assert waiting is None
+    with pytest.raises(BlockingIOError) as caught:
+        reload_process.run_reload_check([])
+    assert cli_errors.report_unexpected_error(caught.value, debug=False) == 7
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no more processes" in line and "ulimit -a" in line and "bug" not in line
 
 
 def test_untrained_pooler_that_is_not_saved_is_noticed(

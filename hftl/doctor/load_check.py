@@ -88,14 +88,16 @@ def predict_in_fresh_processes(clean: Path, base: Path, name: str) -> list[np.nd
     for name_ in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "PYTHONPATH"):
         environment.pop(name_, None)
     script = str(Path(__file__).with_name("load_once.py"))
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-P", script, str(clean), str(base), name, str(seed)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-        )
-        for seed in SEEDS
-    ]  # fmt: skip
+    running: list[subprocess.Popen[str]] = []
     try:
+        for seed in SEEDS:
+            command = [sys.executable, "-P", script, str(clean), str(base), name, str(seed)]
+            running.append(
+                subprocess.Popen(
+                    command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                    env=environment,
+                )
+            )  # fmt: skip
         return [_read_output(process) for process in running]
     finally:
         for process in running:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 COMMAND = [sys.executable, "-P", str(Path(__file__).with_name("reload_check.py"))]
@@ -49,8 +49,13 @@ class WaitingReload:
 
 @contextmanager
 def prepare_reload(is_needed: bool) -> Iterator[WaitingReload | None]:
-    """Yield a process that waits for the reload check; None where none is needed."""
-    waiting = WaitingReload() if is_needed else None
+    """Yield a process that waits for the reload check; None where none is needed.
+
+    Where the system starts none, the check tries again when it is needed, and reports that.
+    """
+    waiting = None
+    with suppress(OSError):
+        waiting = WaitingReload() if is_needed else None
     try:
         yield waiting
     finally:
