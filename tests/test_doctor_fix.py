@@ -69,6 +69,36 @@ def test_old_names_are_renamed_and_the_weights_stay(
     assert sorted(targets[0]) == sorted(targets[1])
 
 
+@pytest.mark.parametrize("kept", [4, *(pytest.param(n, marks=pytest.mark.slow)
+                                       for n in (0, 1, 2, 3, 5))])  # fmt: skip
+def test_fix_that_was_killed_is_finished_by_the_next(
+    kept: int, adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Let the power fail at each rename: copies of config, weights and record, and they."""
+    folder = copied(adapters, "vit", tmp_path)
+    as_in_transformers_4(folder, "vit", "encoder.layer")
+    path, rename, done = folder / "adapter_model.safetensors", Path.rename, []
+    rewrite(folder / "hftl.json", weight_files={path.name: hash_file(path)})
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+
+    def fail(file: Path, target: Path) -> Path:
+        if len(done) == kept:
+            raise KeyboardInterrupt
+        done.append(target)
+        return rename(file, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", fail)
+        mended(folder)
+    assert not mended(folder)[1].defects
+    assert json.loads((folder / "hftl.json").read_text())["weight_files"] == {
+        path.name: hash_file(path)
+    }
+    assert not list(folder.glob(".tmp-*"))
+    copies = get_backup_folder(folder)
+    assert all(copy.read_bytes() == before[copy.name] for copy in copies.iterdir())
+
+
 def test_patterns_are_renamed_too(hub_cache: Path, tmp_path: Path) -> None:
     settings = SOUND["vit"][1] | {"rank_pattern": {"layers.1.attention.q_proj": 2}}
     folder = save(wrapped(snapshot(hub_cache, "vit"), "vit", settings), tmp_path / "adapter")

@@ -1,7 +1,6 @@
 """Fix an adapter's folder where that needs no guess and removes nothing (`hftl doctor --fix`)."""
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,24 +117,26 @@ def _rename_tensors(examination: Examination, names: dict[str, str]) -> str:
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
+    # The record of the same values comes first. A fix that is killed before the rename leaves the
+    # file whose hash is recorded; the next one then writes the record of its own.
     path = examination.folder.path / ADAPTER_WEIGHTS
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     _back_up_file(examination, ADAPTER_WEIGHTS)
-    before = run_folder.hash_file(path)
-    aside = path.with_name(f".tmp-{path.name}")
+    aside = path.with_name(f"{run_folder.TEMPORARY}{path.name}")
+    described = [run_folder.hash_file(file) for file in (path, aside) if file.exists()]
     tensors = {names.get(key, key): tensor for key, tensor in load_file(path).items()}
     try:
         save_file(tensors, aside, metadata=metadata)
-        aside.rename(path)
-    finally:
+    except BaseException:
         aside.unlink(missing_ok=True)
+        raise
     published = examination.folder.published_weights
-    if published.get(ADAPTER_WEIGHTS) == before:
-        # The same values: the record still describes them.
-        changed = {**published, ADAPTER_WEIGHTS: run_folder.hash_file(path)}
+    if published.get(ADAPTER_WEIGHTS) in described:
+        changed = {**published, ADAPTER_WEIGHTS: run_folder.hash_file(aside)}
         record = _read_settings(examination, RECORD_FILE) | {"weight_files": changed}
         _write_settings(examination, RECORD_FILE, record)
+    aside.rename(path)
     return f"{len(names)} tensors renamed in {ADAPTER_WEIGHTS}"
 
 
@@ -219,7 +220,7 @@ def _copy_input_files(examination: Examination) -> list[str]:
     for name in names:
         path, target = examination.source.folder / name, examination.folder.path / name
         if path.exists() and not target.exists():
-            shutil.copyfile(path, target)
+            run_folder.write_bytes(target, path.read_bytes())
             lines.append(f"{name} taken from the base")
     return lines
 
@@ -260,7 +261,7 @@ def _back_up_file(examination: Examination, name: str) -> None:
     copy = get_backup_folder(examination.folder.path) / name
     if path.exists() and not copy.exists():
         copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, copy)
+        run_folder.write_bytes(copy, path.read_bytes())
 
 
 def get_backup_folder(folder: Path) -> Path:
