@@ -167,7 +167,7 @@ def solve_heads(inputs: Inputs) -> float:
         x = features["train"][chosen].astype(np.float64)
         mean, scale = x.mean(0), np.maximum(x.std(0), 1e-6)
         turned, axes = turn_rows((x - mean) / scale) or sys.exit("too many rows")
-        held = (features["validation"] - mean) / scale @ axes.T
+        held = (features["validation"] - mean) / scale @ axes.matrix.T
         for weight, bias in fit_path(turned, labels["train"][chosen], 2, C_GRID):
             ((held @ weight.T + bias).argmax(1) == labels["validation"]).mean()
     return time.perf_counter() - started

@@ -1,6 +1,7 @@
 """Check the baselines: fair to scratch, right for the classical model, exact for the majority."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ from scipy.special import softmax
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
+from hftl.analysis.out_of_fold import assign_folds
 from hftl.card.sections import describe_scratch_search
 from hftl.config.finetune import Finetune
 from hftl.config.measure import Search
 from hftl.config.recipe import Recipe
-from hftl.finetune import arm_files, baselines, pretraining_heads
+from hftl.finetune import arm_files, baselines, classical, pretraining_heads
 from hftl.finetune.arm_files import ArmOutput
 from hftl.finetune.baselines import solve_majority
 from hftl.finetune.classical import solve_classical
@@ -176,3 +178,31 @@ def test_test_rows_are_embedded_by_the_pass_that_predicts_them(
     embeddings = pretraining_heads.embed_compared_rows(context, built, features)
     np.testing.assert_allclose(embeddings["new"], expected, atol=1e-6)
     assert len(calls) == passes
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_classical_out_of_fold_is_that_of_a_vectorizer_fitted_without_the_fold(
+    grouped: bool, context: ExperimentContext
+) -> None:
+    rows = context.select_train_rows(0)
+    if grouped:
+        rows = [replace(row, group=f"g{i // 5}") for i, row in enumerate(rows)]
+    targets, groups = context.prepared.encode_targets(rows), context.group_outputs(rows)
+    ours = classical.predict_classical_out_of_fold(context, rows)
+    folds = assign_folds(targets, groups)
+    for fold in np.unique(folds):
+        vectors = TfidfVectorizer(
+            ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\w+|[^\w\s]"
+        )
+        texts = np.array([row.content[0] for row in rows], dtype=object)
+        x = vectors.fit_transform(texts[folds != fold])
+        oracles = [
+            LogisticRegression(C=c, max_iter=1000, tol=1e-8).fit(x, targets[folds != fold])
+            for c in classical.CS
+        ]
+        held = vectors.transform(texts[folds == fold])
+        gaps = [
+            np.abs(oracle.predict_proba(held) - softmax(ours[folds == fold], axis=1)).max()
+            for oracle in oracles
+        ]
+        assert min(gaps) < 1e-3

@@ -56,7 +56,7 @@ def test_path_ends_at_scikit_learns_optimum_for_each_penalty(
     for c, (weight, bias) in zip(
         CS, fit_path(turned, y, classes, CS, intercept, weights, 1e-7), strict=True
     ):
-        ours = weight @ axes, bias
+        ours = axes.expand(weight), bias
         expected = solve_by_scikit_learn(x, y, c, intercept, weights)
         least = evaluate(x, y, c, expected, weights)
         assert evaluate(x, y, c, ours, weights) <= least * (1 + 1e-8)
@@ -85,8 +85,11 @@ def test_turned_rows_have_the_products_of_the_rows(shape: tuple[int, int]) -> No
     x = np.random.default_rng(0).normal(size=shape)
     x[1] = x[0]
     rows, axes = turn_rows(x) or pytest.fail("few rows are turned")
-    np.testing.assert_allclose(rows @ axes, x, atol=1e-9)
-    np.testing.assert_allclose(axes @ axes.T, np.eye(len(axes)), atol=1e-7)
+    matrix = axes.matrix
+    np.testing.assert_allclose(rows @ matrix, x, atol=1e-9)
+    np.testing.assert_allclose(matrix @ matrix.T, np.eye(len(matrix)), atol=1e-7)
+    weights = np.random.default_rng(1).normal(size=(3, len(matrix)))
+    np.testing.assert_allclose(axes.expand(weights), weights @ matrix, atol=1e-12)
     assert rows.shape[1] == np.linalg.matrix_rank(x)
 
 
@@ -97,11 +100,11 @@ def test_rows_of_single_precision_keep_their_short_axes() -> None:
     rows, axes = turn_rows(x) or pytest.fail("few rows are turned")
     lengths = np.linalg.svd(x.astype(np.float64), compute_uv=False)
     np.testing.assert_allclose(np.linalg.norm(rows, axis=0)[::-1], lengths, rtol=1e-4)
-    np.testing.assert_allclose(axes @ axes.T, np.eye(8), atol=1e-4)
+    np.testing.assert_allclose(axes.matrix @ axes.matrix.T, np.eye(8), atol=1e-4)
 
 
 def test_rows_without_a_difference_have_no_axes() -> None:
     rows, axes = turn_rows(np.zeros((3, 5))) or pytest.fail("few rows are turned")
     ((weight, bias),) = fit_path(rows, np.array([0, 1, 1]), 2, [1.0])
-    assert weight.shape == (2, 0) and axes.shape == (0, 5)
+    assert weight.shape == (2, 0) and axes.matrix.shape == (0, 5)
     assert bias[1] - bias[0] == pytest.approx(np.log(2), abs=1e-4)

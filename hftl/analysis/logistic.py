@@ -24,11 +24,32 @@ MIN_CURVATURE = 1e-3
 ROUNDING = 64 * float(np.finfo(np.float64).eps)
 
 
-def turn_rows(x: Any) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return rows (rows, axes) on the axes of their span, and the axes (axes, width).
+@dataclass(frozen=True)
+class Axes:
+    """Hold the axes of rows as a product, (axes, by) times (by, width).
 
-    A linear model with weights (outputs, axes) of the turned rows has the weights times the axes of
-    the rows themselves, which are as long.
+    Of few rows with many columns, such as those of a vocabulary, the second is the rows themselves:
+    the product would be dense, and as wide for each axis.
+    """
+
+    factor: np.ndarray
+    by: Any
+
+    def expand(self, weights: np.ndarray) -> np.ndarray:
+        """Return weights (outputs, axes) of turned rows as those of the rows, (outputs, width)."""
+        return np.asarray((self.by.T @ (weights @ self.factor).T).T)
+
+    @property
+    def matrix(self) -> np.ndarray:
+        """Return the axes themselves, (axes, width)."""
+        return self.expand(np.eye(len(self.factor)))
+
+
+def turn_rows(x: Any) -> tuple[np.ndarray, Axes] | None:
+    """Return rows (rows, axes) on the axes of their span, and the axes.
+
+    A linear model with weights (outputs, axes) of the turned rows has the weights that the axes
+    expand them to of the rows themselves, which are as long.
 
     Args:
         x: (rows, width), dense or sparse.
@@ -46,8 +67,8 @@ def turn_rows(x: Any) -> tuple[np.ndarray, np.ndarray] | None:
     counts = squares > MIN_SHARE * max(squares[-1], 0.0)
     lengths, vectors = np.sqrt(squares[counts]), vectors[:, counts]
     if is_wide:
-        return vectors * lengths, np.asarray(x.T @ (vectors / lengths)).T
-    return np.asarray(x @ vectors), vectors.T
+        return vectors * lengths, Axes((vectors / lengths).T, x)
+    return np.asarray(x @ vectors), Axes(np.eye(len(lengths)), vectors.T)
 
 
 def fit_path(

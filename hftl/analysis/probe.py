@@ -83,12 +83,12 @@ def fit_linear(
     """
     turned = turn_rows(x)
     # scikit-learn's ridge regression refuses rows without a column.
-    if turned is not None and len(turned[1]):
+    if turned is not None and turned[0].shape[1]:
         rows, axes = turned
         weight, bias, penalty = _fit_turned(
             rows, labels, outputs, groups, cs, alphas, intercept, weights
         )
-        return weight @ axes, bias, penalty
+        return axes.expand(weight), bias, penalty
     return _fit_turned(x, labels, outputs, groups, cs, alphas, intercept, weights)
 
 

@@ -4,7 +4,7 @@ The solver is the probe's.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -63,23 +63,49 @@ def predict_classical_out_of_fold(context: ExperimentContext, rows: list[Row]) -
     The penalty of classes is chosen once, on all rows, as for the probe.
     """
     targets, groups = context.prepared.encode_targets(rows), context.group_outputs(rows)
-    outputs = context.num_outputs
-    (vectors,), _ = _vectorize(context, [rows])
+    outputs, read = context.num_outputs, _ReadRows.read(context, rows)
+    (vectors,) = read.vectorize(np.ones(len(rows), dtype=bool))
     penalty = fit_linear(vectors, targets, outputs, groups, CS, ALPHAS)[2]
     folds = assign_folds(targets, groups)
     logits = np.zeros((len(rows), outputs))
     for fold in np.unique(folds):
         held = folds == fold
-        parts = [
-            [row for row, out in zip(rows, mask, strict=True) if out] for mask in (~held, held)
-        ]
-        (train, measured), _ = _vectorize(context, parts)
+        train, measured = read.vectorize(~held, held)
         known = None if groups is None else groups[~held]
         weight, bias, _ = fit_linear(
             train, targets[~held], outputs, known, np.array([penalty]), ALPHAS
         )
         logits[held] = np.asarray(measured @ weight.T) + bias
     return logits
+
+
+@dataclass(frozen=True)
+class _ReadRows:
+    """Hold what vectors of rows are made from: pixels (rows, numbers), counts of terms (rows,
+    terms) in the order of the terms, or both."""
+
+    pixels: np.ndarray | None
+    counts: Any
+
+    @classmethod
+    def read(cls, context: ExperimentContext, rows: list[Row]) -> "_ReadRows":
+        """Read every row once."""
+        is_image = context.prepared.modality == "image"
+        pixels = _extract_pixels(context, rows) if is_image else None
+        if is_image and len(rows[0].content) == 1:
+            return cls(pixels, None)
+        beside = list(map(_drop_picture, rows)) if is_image else rows
+        return cls(pixels, _count_terms([beside])[0][0])
+
+    def vectorize(self, *parts: np.ndarray) -> list[Any]:
+        """Return a matrix for each mask of rows, the first of which sets the vocabulary."""
+        pixels = None if self.pixels is None else [self.pixels[part] for part in parts]
+        if self.counts is None:
+            return pixels or []
+        counts = [self.counts[part] for part in parts]
+        known = np.unique(counts[0].indices)
+        texts = _weigh_terms([count[:, known] for count in counts])[0]
+        return texts if pixels is None else _join_columns(pixels, texts)
 
 
 def _vectorize(
@@ -90,12 +116,16 @@ def _vectorize(
         pixels = [_extract_pixels(context, rows) for rows in parts]
         if len(parts[0][0].content) == 1:
             return pixels, {}
-        beside = [[_drop_picture(row) for row in rows] for rows in parts]
-        texts, vocabulary = _vectorize_texts(beside)
-        return [hstack(pair, format="csr") for pair in zip(pixels, texts, strict=True)], vocabulary
+        texts, vocabulary = _vectorize_texts([list(map(_drop_picture, rows)) for rows in parts])
+        return _join_columns(pixels, texts), vocabulary
     if context.prepared.task == "token-classification":
         return _vectorize_words(parts)
     return _vectorize_texts(parts)
+
+
+def _join_columns(left: list[Any], right: list[Any]) -> list[Any]:
+    """Return the matrices of each part side by side."""
+    return [hstack(pair, format="csr") for pair in zip(left, right, strict=True)]
 
 
 def _drop_picture(row: Row) -> Row:
@@ -116,16 +146,31 @@ def _extract_pixels(context: ExperimentContext, rows: list[Row]) -> np.ndarray:
 
 def _vectorize_texts(parts: Sequence[list[Row]]) -> tuple[list[Any], dict[str, torch.Tensor]]:
     """Return the TF-IDF of words and word pairs."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
+    counts, terms = _count_terms(parts)
+    vectors, idf = _weigh_terms(counts)
+    return vectors, {"idf": idf, "terms_utf8": _encode_terms(terms)}
 
-    vectorizer = TfidfVectorizer(
-        ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\w+|[^\w\s]"
+
+def _count_terms(parts: Sequence[list[Row]]) -> tuple[list[Any], np.ndarray]:
+    """Return how often each part holds the words and word pairs of the first, (rows, terms), and
+    these terms in order."""
+    from sklearn.feature_extraction.text import CountVectorizer
+
+    counter = CountVectorizer(
+        ngram_range=(1, 2), token_pattern=r"(?u)\w+|[^\w\s]", dtype=np.float64
     )
-    joined = [[" ".join(row.content) for row in rows] for rows in parts]
-    vectorizer.fit(joined[0])
-    idf = torch.from_numpy(vectorizer.idf_.astype(np.float32))
-    terms = _encode_terms(vectorizer.get_feature_names_out())
-    return [vectorizer.transform(texts) for texts in joined], {"idf": idf, "terms_utf8": terms}
+    first, *others = ([" ".join(row.content) for row in rows] for rows in parts)
+    counts = [counter.fit_transform(first), *map(counter.transform, others)]
+    counts[0].sort_indices()
+    return counts, counter.get_feature_names_out()
+
+
+def _weigh_terms(counts: list[Any]) -> tuple[list[Any], torch.Tensor]:
+    """Return the TF-IDF of counts (rows, terms), and the first part's weights of the terms."""
+    from sklearn.feature_extraction.text import TfidfTransformer
+
+    weigher: Any = TfidfTransformer(sublinear_tf=True).fit(counts[0])
+    return list(map(weigher.transform, counts)), torch.from_numpy(weigher.idf_.astype(np.float32))
 
 
 def _vectorize_words(parts: Sequence[list[Row]]) -> tuple[list[Any], dict[str, torch.Tensor]]:
