@@ -4,6 +4,7 @@ import itertools
 import random
 import unicodedata
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,10 +15,12 @@ from hftl.data.duplicates import (
     NearImageIndex,
     NearTextIndex,
     build_shingles,
+    compute_perceptual_hash,
     count_near_images,
     drop_duplicates,
 )
 from hftl.data.facts import CopyCounts
+from hftl.data.near_copies import find_near_copies
 from hftl.data.rows import Row
 
 
@@ -125,6 +128,31 @@ def test_near_images_are_counted_where_they_measure() -> None:
     assert count_near_images(rows) == 2
     assert count_near_images(rows | {"train": [image(None, "flat")]}) == 1
     assert count_near_images(rows | {"train": [], "validation": []}) == 0
+
+
+def test_garments_of_one_shape_are_no_near_copies_and_resized_pictures_are() -> None:
+    def garment(seed: int) -> Image.Image:
+        """Draw a bright shape on black, with a pattern of its own."""
+        pixels = np.zeros((28, 28))
+        pixels[6:26, 7:21] = 150 + np.random.default_rng(seed).normal(0, 45, (20, 14))
+        pixels[6:14, 3:25] = 140
+        return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+    def row(image: Image.Image, name: str) -> Row:
+        coarse, fine = compute_perceptual_hash(image) or pytest.fail("it is not flat")
+        return Row((name,), "x", None, 0, "", perceptual_hash=coarse, thumbnail=fine)
+
+    garments = [garment(seed) for seed in range(60)]
+    train = [row(image, f"g{i}") for i, image in enumerate(garments)]
+    copies = [row(image.resize((42, 42)), f"c{i}") for i, image in enumerate(garments[:10])]
+    rows = {"train": train, "validation": [], "test": copies}
+    coarse = [replace(one, thumbnail=None) for one in train]
+    assert len(find_near_copies(rows | {"train": coarse, "test": []})) > 5, "shapes are alike"
+    pairs = find_near_copies(rows)
+    assert {(pair.row.content[0][1:], pair.other.content[0][1:]) for pair in pairs} == {
+        (str(i), str(i)) for i in range(10)
+    }
+    assert count_near_images(rows) == 10
 
 
 # Near texts

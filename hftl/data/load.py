@@ -79,7 +79,7 @@ def _build_row(raw: RawRow, image: ImageInfo | None, data: Data, part: str) -> R
         content = (image.content, *(str(raw.values[column]) for column in beside))
         return Row(
             content, label, group, raw.index, raw.where, part, image.size,
-            image.perceptual_hash, image.levels,
+            image.perceptual_hash, image.thumbnail, image.levels,
         )  # fmt: skip
     if data.task == "token-classification":
         content = tuple(list_words(raw.values[table.text_columns[0]]))

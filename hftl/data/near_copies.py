@@ -6,8 +6,9 @@ from typing import NamedTuple
 import numpy as np
 from scipy import sparse
 
-from hftl.data.duplicates import MAX_HASH_DISTANCE, build_shingles
+from hftl.data.duplicates import PictureHashes, build_shingles
 from hftl.data.rows import Row
+from hftl.plurals import count_noun
 
 MIN_SIMILARITY = 0.6
 """Jaccard similarity of three-word shingles from which on two texts are near copies. One word of 20
@@ -40,11 +41,10 @@ def find_near_copies(rows: Mapping[str, list[Row]]) -> list[NearPair]:
     placed = [(split, row) for split in SPLIT_ORDER for row in rows[split]][:MAX_ROWS]
     if not placed:
         return []
-    hashes = [row.perceptual_hash for _, row in placed]
-    if any(value is not None for value in hashes):
+    if any(row.perceptual_hash is not None for _, row in placed):
         # A picture with other words is another row: several questions of one picture, say.
         pairs = [
-            (i, j) for i, j in _pair_hashes(hashes)
+            (i, j) for i, j in _pair_pictures([row for _, row in placed])
             if placed[i][1].content[1:] == placed[j][1].content[1:]
         ]  # fmt: skip
     elif placed[0][1].size is not None:
@@ -52,6 +52,12 @@ def find_near_copies(rows: Mapping[str, list[Row]]) -> list[NearPair]:
     else:
         pairs = pair_texts([" ".join(row.content) for _, row in placed])
     return [NearPair(*placed[i], *placed[j]) for i, j in pairs]
+
+
+def describe_near_copies(count: int, noun: str) -> str:
+    """Return how many texts or pictures that measure are near copies, as a sentence."""
+    copies = "is a near copy" if count == 1 else "are near copies"
+    return f"{count_noun(count, noun)} of validation and test {copies} of one in another split"
 
 
 def pair_texts(texts: Sequence[str]) -> list[tuple[int, int]]:
@@ -87,14 +93,13 @@ def pair_texts(texts: Sequence[str]) -> list[tuple[int, int]]:
     return pairs
 
 
-def _pair_hashes(hashes: Sequence[int | None]) -> list[tuple[int, int]]:
-    """Return the pairs of images whose hashes differ in a few bits; a flat image has none."""
-    known = np.array([i for i, value in enumerate(hashes) if value is not None])
-    values = np.array([value for value in hashes if value is not None], dtype=np.uint64)
-    pairs: list[tuple[int, int]] = []
-    for start in range(0, len(values), CHUNK_ROWS):
-        distances = np.bitwise_count(values[start : start + CHUNK_ROWS, None] ^ values)
-        left, right = np.nonzero(distances <= MAX_HASH_DISTANCE)
-        ahead = left + start < right
-        pairs += zip(known[left[ahead] + start].tolist(), known[right[ahead]].tolist(), strict=True)
-    return pairs
+def _pair_pictures(rows: Sequence[Row]) -> list[tuple[int, int]]:
+    """Return the pairs of near copies among pictures; a flat one has no hash."""
+    known = [i for i, row in enumerate(rows) if row.perceptual_hash is not None]
+    hashes = PictureHashes.collect([rows[i] for i in known])
+    return [
+        (known[i], known[j])
+        for left, right in hashes.find_near(hashes)
+        for i, j in zip(left.tolist(), right.tolist(), strict=True)
+        if i < j
+    ]

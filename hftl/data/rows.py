@@ -66,21 +66,24 @@ class Row:
     table: str = "train"
     size: tuple[int, int] | None = None
     perceptual_hash: int | None = field(default=None, compare=False)
+    thumbnail: bytes | None = field(default=None, compare=False)
     # Known only while the data are prepared, and not stored.
     levels: Levels | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
-    """Describe an image: a hash of its pixels, its (width, height), levels and perceptual hash.
+    """Describe an image: a hash of its pixels, its (width, height), levels, perceptual hash and
+    grey thumbnail.
 
-    The perceptual hash is None for a flat image.
+    The last two are None for a flat image.
     """
 
     content: str
     size: tuple[int, int]
     levels: Levels
     perceptual_hash: int | None = None
+    thumbnail: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -180,6 +183,7 @@ def write_rows(splits: Mapping[str, list[Row]], folder: Path) -> None:
         "size": [row.size for _, row in pairs],
         # Numbers of 64 bits without a sign, a type that is not inferred of Python's.
         "perceptual_hash": pa.array([row.perceptual_hash for _, row in pairs], pa.uint64()),
+        "thumbnail": pa.array([row.thumbnail for _, row in pairs], pa.binary()),
     }
     pq.write_table(pa.table(columns), folder / ROWS_FILE)
 
@@ -194,6 +198,7 @@ def read_rows(folder: Path, splits: Sequence[str]) -> dict[str, list[Row]]:
         size = tuple(entry["size"]) if entry["size"] else None
         rows[entry["split"]].append(
             Row(tuple(entry["content"]), label, entry["group"], entry["row"], entry["where"],
-                entry["table"], size, entry.get("perceptual_hash"))
+                entry["table"], size, entry.get("perceptual_hash"),
+                thumbnail=entry.get("thumbnail"))
         )  # fmt: skip
     return rows
