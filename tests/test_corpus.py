@@ -240,7 +240,7 @@ def test_blocks_travel_to_a_worker_as_a_path(tmp_path: Path, tokenizer: Any) -> 
     [
         ([], {}, drop_none, "^the corpus has no documents, at least 2 are needed"),
         (["good"], {}, drop_none, "^the corpus has 1 document, at least 2 are needed"),
-        (["good", "good"], {}, drop_none, "has 1 document .dropped: 1 duplicates., at least 2"),
+        (["good", "good"], {}, drop_none, "has 1 document .dropped: 1 duplicate., at least 2"),
         (["good", "bad"], {}, lambda text: True, "has no documents .dropped: 2 leaked."),
         (TEXTS[:3], {"length": 256}, drop_none, r"^the corpus holds \d+ tokens, fewer than one "
          "block of 256.*adapt.pack=false or a smaller data.max_length"),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ORDER = [
-    "errors", "train.hf_compat",
+    "errors", "plurals", "train.hf_compat",
     "finetune.strategies",  # a table without imports, which the recipe's schema is made from
     "config.section", "config.overrides", "config.secrets", "config.upstream_args",
     "config.data", "config.adapt", "config.finetune",
@@ -87,7 +87,7 @@ ORDER = [
     "console", "analysis.tables",
     "inference.find_model", "inference.load", "inference.published_scores", "inference.predict",
     "inference.load_predictor", "inference.multi_adapter",
-    "inference.prior",
+    "inference.prior", "inference.arguments",
     "inference.output_table",
     "inference.predict_table",
     "inference.eval_data", "inference.compare",

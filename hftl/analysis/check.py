@@ -20,6 +20,7 @@ from hftl.data.text_inputs import TextInputs
 from hftl.finetune.strategies import ZERO_SHOT_ARM
 from hftl.models.architectures import get_max_tokens
 from hftl.models.source import SourceModel
+from hftl.plurals import choose_verb, count_noun
 from hftl.train.facts import CheckFacts, Finding
 
 SAMPLED_ROWS = 2000
@@ -120,7 +121,8 @@ def check_test_rows(run: PreflightContext) -> Iterator[str]:
     """Warn of too few test rows for a narrow interval."""
     rows = len(run.prepared.rows["test"])
     if rows < MIN_TEST_ROWS:
-        yield f"{rows} test rows give a wide interval; a few hundred are better"
+        verb = "gives" if rows == 1 else "give"
+        yield f"{count_noun(rows, 'test row')} {verb} a wide interval; a few hundred are better"
 
 
 def check_labels(run: PreflightContext) -> Iterator[str]:
@@ -181,16 +183,18 @@ def check_dropped_rows(run: PreflightContext) -> Iterator[str | Finding]:
     if facts.leaked:
         yield Finding(
             kind="leakage",
-            what=f"{facts.leaked} inputs of train are also in validation or test",
+            what=f"{count_noun(facts.leaked, 'input')} of train {choose_verb(facts.leaked, 'is')} "
+            "also in validation or test",
             confidence="certain",
-            fix="they were dropped from train",
+            fix=f"{'it was' if facts.leaked == 1 else 'they were'} dropped from train",
         )
     # A run folder may hold data that an older version prepared without these counts.
     if facts.contradictory_inputs:
         share = facts.contradictory_inputs / facts.distinct_inputs
         yield (
             f"{facts.contradictory_inputs} of {facts.distinct_inputs} distinct inputs "
-            f"({share:.0%}) have differing labels and are dropped ({facts.conflicting} rows): "
+            f"({share:.0%}) {choose_verb(facts.contradictory_inputs, 'has')} differing labels and "
+            f"{choose_verb(facts.contradictory_inputs, 'is')} dropped ({facts.conflicting} rows): "
             "what is measured is the others, which may be the easier ones; correct "
             f"the labels{suggest_multi_label(run.prepared.task)}"
         )
@@ -198,7 +202,8 @@ def check_dropped_rows(run: PreflightContext) -> Iterator[str | Finding]:
         what, _, fix = describe_narrow_images(facts.narrow_pictures).partition("; ")
         yield Finding(kind="rescale", what=what, confidence="certain", fix=fix)
     if facts.bad_rows:
-        yield f"{facts.bad_rows} bad rows were skipped; the record lists them"
+        skipped = f"{count_noun(facts.bad_rows, 'bad row')} {choose_verb(facts.bad_rows, 'was')}"
+        yield f"{skipped} skipped; the record lists {'it' if facts.bad_rows == 1 else 'them'}"
 
 
 def check_rows(run: PreflightContext) -> Iterator[Finding]:

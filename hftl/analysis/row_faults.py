@@ -10,11 +10,12 @@ import numpy as np
 
 from hftl.config.data import Table
 from hftl.config.recipe import Recipe
-from hftl.data.near_copies import NearPair
+from hftl.data.near_copies import NearPair, describe_near_copies
 from hftl.data.prepare import PreparedData
 from hftl.data.rows import Row
 from hftl.data.splits import MEASURED_SPLITS
 from hftl.measure.statistics import effective_count
+from hftl.plurals import choose_verb, count_noun
 from hftl.train.facts import Finding
 
 MAX_PLACES = 3
@@ -35,15 +36,15 @@ def check_near_leakage(recipe: Recipe, prepared: PreparedData) -> Iterator[Findi
     tested = {id(pair.row) for pair in pairs if pair.split == "test"}
     tested |= {id(pair.other) for pair in pairs if pair.other_split == "test"}
     is_image = prepared.modality == "image"
-    name, how = ("texts", "in a few words")
+    name, how = ("text", "in a few words")
     if is_image:
-        name, how = ("pictures", "re-encoded, resized or in a few strokes")
+        name, how = ("picture", "re-encoded, resized or in a few strokes")
     fix = (
         "remove them" if recipe.data.group else "name what they share in data.group, or remove them"
     )
     yield Finding(
         kind="leakage",
-        what=f"{len(rows)} {name} of validation and test are near copies of one in another split",
+        what=describe_near_copies(len(rows), name),
         where=list_places(pairs),
         rows=len(tested),
         confidence="likely",
@@ -64,7 +65,8 @@ def check_near_labels(recipe: Recipe, prepared: PreparedData) -> Iterator[Findin
     if pairs:
         yield Finding(
             kind="near labels",
-            what=f"{len(pairs)} pairs of near copies in train have differing labels",
+            what=f"{count_noun(len(pairs), 'pair')} of near copies in train "
+            f"{choose_verb(len(pairs), 'has')} differing labels",
             where=list_places(pairs),
             confidence="likely",
             evidence="one of the two labels is wrong, or the difference decides it",

@@ -1,6 +1,6 @@
 """Word what the scores of the published weights mean: calibration, thresholds, sets, abstention."""
 
-from hftl.card.wording import escape_markup
+from hftl.card.wording import escape_markup, join_words, list_validation_choices
 from hftl.measure.facts import (
     AbstentionPoint,
     AbstentionSection,
@@ -23,7 +23,7 @@ def format_scores(record: Record) -> list[str]:
     sections = [
         record.calibration and format_calibration(record.calibration),
         record.thresholds and format_thresholds(record.thresholds),
-        record.conformal and format_conformal(record.conformal, str(record.data.task)),
+        record.conformal and format_conformal(record.conformal, record),
         record.abstention and format_abstention(record.abstention),
     ]
     return [sentence for sentence in sections if sentence]
@@ -42,6 +42,8 @@ def format_calibration(section: CalibrationSection) -> str:
         return f"{start}; validation gave no {by} to calibrate them by."
     if section.labels is None:
         way = f"logits divided by the temperature {section.temperature:.3g}"
+        if section.likeliest and abs(section.likeliest / (section.temperature or 1) - 1) > 0.01:
+            way += f" ({section.likeliest:.3g} before a prior drew it towards 1)"
     else:
         way = f"each label calibrated {_count_methods(section)}"
     return (
@@ -84,8 +86,9 @@ def format_thresholds(section: ThresholdSection) -> str:
     )
 
 
-def format_conformal(section: ConformalSection, task: str) -> str:
+def format_conformal(section: ConformalSection, record: Record) -> str:
     """Return how often prediction sets held on test; nothing where validation was too small."""
+    task = str(record.data.task)
     figure = next((f for f in section.test if f.coverage == SHOWN_COVERAGE), None)
     if figure is None:
         return ""
@@ -97,11 +100,12 @@ def format_conformal(section: ConformalSection, task: str) -> str:
     rows = f"{section.rows:,} rows of validation"
     if section.groups is not None:
         rows += f" in {section.groups:,} groups"
+    chosen = join_words(list_validation_choices(record))
+    limits = f" (approximate, as validation also chose {chosen})" if chosen else ""
     return (
         f"`hftl predict --coverage {SHOWN_COVERAGE:g}` gives {what} for about "
-        f"{SHOWN_COVERAGE:.0%} of inputs like the {rows} (approximate, as validation also chose "
-        f"the epoch and the seed): on test they held it for {format_estimate(figure.held)} of the "
-        f"rows, {size} {figure.size:.3g}."
+        f"{SHOWN_COVERAGE:.0%} of inputs like the {rows}{limits}: on test they held it for "
+        f"{format_estimate(figure.held)} of the rows, {size} {figure.size:.3g}."
     )
 
 

@@ -6,10 +6,14 @@ from hftl.card.wording import (
     format_code,
     has_forgetting,
     input_kind,
+    join_words,
+    list_validation_choices,
 )
+from hftl.data.near_copies import describe_near_copies
 from hftl.data.splits import TASKS_WITHOUT_CLASS_SHOTS
 from hftl.measure.record import ClassGains, Environment, Record
 from hftl.measure.verdict import format_gain
+from hftl.plurals import choose_verb, count_noun
 from hftl.train.facts import ScratchSearch
 
 MAX_WORSE_CLASSES = 5
@@ -54,29 +58,26 @@ def _format_baseline_choice(record: Record) -> str:
 
 def _format_validation_choices(record: Record) -> str:
     """Return what validation decided, with its verb."""
-    choices = [] if record.recipe.finetune.spec.is_solved else ["the best epoch"]
-    if any(stage.guard.kind == "probe" for stage in record.stages):
-        choices.append("the adaptation's weights")
-    if len(record.recipe.measure.seeds) > 1:
-        choices.append("the published seed")
-    if len(choices) < 2:
-        return f"{choices[0] if choices else 'nothing'} was"
-    return f"{', '.join(choices[:-1])} and {choices[-1]} were"
+    choices = list_validation_choices(record)
+    verb = "was" if len(choices) < 2 else "were"
+    return f"{join_words(choices) or 'nothing'} {verb}"
 
 
 def format_data_lines(record: Record) -> list[str]:
     """Return what happened to the rows before training, a line a fact."""
     data = record.data
     drawn = " before train was cut to `data.shots`" if record.recipe.data.shots else ""
-    lines = [f"{data.rows_read:,} rows were read{drawn}"]
-    for count, words in (
-        (data.duplicates, "duplicates were dropped (the same but for case, form and white space)"),
-        (data.leaked, "of these stood in train and in another table"),
-        (data.conflicting, "rows were dropped because the same input had two labels"),
-        (data.bad_rows, "bad rows were skipped"),
-    ):
-        if count:
-            lines.append(f"{count:,} {words}")
+    lines = [f"{_count_done(data.rows_read, 'row')} read{drawn}"]
+    if data.duplicates:
+        dropped = "dropped (the same but for case, form and white space)"
+        lines.append(f"{_count_done(data.duplicates, 'duplicate')} {dropped}")
+    if data.leaked:
+        lines.append(f"{data.leaked:,} of these stood in train and in another table")
+    if data.conflicting:
+        why = "dropped because the same input had two labels"
+        lines.append(f"{_count_done(data.conflicting, 'row')} {why}")
+    if data.bad_rows:
+        lines.append(f"{_count_done(data.bad_rows, 'bad row')} skipped")
     if data.contradictory_inputs and data.distinct_inputs:
         share = data.contradictory_inputs / data.distinct_inputs
         lines.append(
@@ -85,8 +86,8 @@ def format_data_lines(record: Record) -> list[str]:
         )
     if data.near_pictures:
         lines.append(
-            f"{data.near_pictures:,} pictures of validation and test are near copies of one in "
-            "another split, and count all the same"
+            f"{describe_near_copies(data.near_pictures, 'picture')}, and "
+            f"{'counts' if data.near_pictures == 1 else 'count'} all the same"
         )
     if data.tag_scheme is not None:
         lines.append(f"entities are read from {data.tag_scheme.name} tags")
@@ -95,6 +96,11 @@ def format_data_lines(record: Record) -> list[str]:
     if record.recipe.data.group:
         lines.append("rows of one group never stand in two splits, and count as one unit")
     return lines
+
+
+def _count_done(count: int, noun: str) -> str:
+    """Return `1 row was` or `2 rows were`."""
+    return f"{count_noun(count, noun)} {choose_verb(count, 'was')}"
 
 
 def format_limits(record: Record) -> list[str]:

@@ -116,6 +116,21 @@ def find_pipeline_tag(record: Record) -> str:
     return f"{start}-classification"
 
 
+def list_validation_choices(record: Record) -> list[str]:
+    """Return what validation decided about the published weights; a solved arm has no epochs."""
+    choices = [] if record.recipe.finetune.spec.is_solved else ["the best epoch"]
+    if any(stage.guard.kind == "probe" for stage in record.stages):
+        choices.append("the adaptation's weights")
+    if len(record.recipe.measure.seeds) > 1:
+        choices.append("the published seed")
+    return choices
+
+
+def join_words(words: list[str]) -> str:
+    """Return `a, b and c`."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+
+
 PICTURE_EXAMPLE = '"a_picture.png"'
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from hftl.errors import DataError, RecipeError
+from hftl.plurals import count_noun
 from hftl.runtime.progress import open_bar
 
 BATCH_TEXTS, BATCH_CHARACTERS = 1000, 1_000_000
@@ -299,7 +300,9 @@ def _split_documents(
     }
     if len(remaining) < 2:
         documents = "1 document" if len(remaining) else "no documents"
-        listed = ", ".join(f"{count} {why}" for why, count in dropped.items() if count)
+        copies = dropped.pop("duplicates")
+        parts = [count_noun(copies, "duplicate")] if copies else []
+        listed = ", ".join(parts + [f"{count} {why}" for why, count in dropped.items() if count])
         raise DataError(
             f"the corpus has {documents}{f' (dropped: {listed})' if listed else ''}, at least 2 "
             "are needed: one is held out",

@@ -39,6 +39,7 @@ from hftl.data.splits import (
 )
 from hftl.data.tables import get_table_folder, read_table, resolve_revisions
 from hftl.errors import DataError
+from hftl.plurals import choose_verb, count_noun
 from hftl.runtime import paths
 from hftl.runtime.run_folder import fingerprint, to_json
 
@@ -259,12 +260,12 @@ def _cut_validation(rows: dict[str, list[Row]], shots: int, task: str, seed: int
 
 def _describe_dropped(counts: CopyCounts) -> str:
     """Return what was dropped in words, contradictions apart from copies."""
-    words = f"{counts.duplicates} duplicates"
+    words = count_noun(counts.duplicates, "duplicate")
     if counts.leaked:
         words += f" ({counts.leaked} of a row in another table)"
     if counts.conflicting:
-        words += f" and {counts.conflicting} rows with contradictory labels"
-    return f"{words} were dropped"
+        words += f" and {count_noun(counts.conflicting, 'row')} with contradictory labels"
+    return f"{words} {choose_verb(counts.duplicates + counts.conflicting, 'was')} dropped"
 
 
 def _return_unknown_labels(

@@ -105,8 +105,8 @@ def _format_basis(conformal: PublishedConformal, coverage: float, rank: int) -> 
         rows += f" in {conformal.groups:,} groups"
         spread += " if rows of a group were independent"
     return (
-        f"{coverage:g} for inputs like the {rows} ({spread}); approximate, as validation also "
-        "chose the epoch and the seed"
+        f"{coverage:g} for inputs like the {rows} ({spread}); approximate where validation also "
+        "chose the weights (an epoch, a seed)"
     )
 
 

@@ -3,8 +3,8 @@
 A set holds every class that is no farther from the input than a quantile of how far the labels of
 validation are from theirs (Vovk et al. 2005; Sadinle et al. 2019, JASA 114:223-234). For an input
 that is exchangeable with the rows of validation it holds the label with at least the nominal
-probability, and at most 1 / (rows + 1) more, whatever the model. Validation also chose the epoch,
-and the seed that is published, so that this is approximate.
+probability, and at most 1 / (rows + 1) more, whatever the model. Where validation also chose the
+epoch or the seed that is published, this is approximate.
 """
 
 import math
