@@ -20,6 +20,12 @@ from hftl.cli_options import Output, Overrides, RecipePath, Restart, RunFolder
 from hftl.cli_output import is_interactive, run_quietly, say, show_warning
 from hftl.config.recipe import Recipe
 from hftl.errors import HftlError
+from hftl.inference.arguments import (
+    COMPARISON_SUFFIXES,
+    PLOT_SUFFIXES,
+    check_output,
+    check_predict_arguments,
+)
 from hftl.publish.reload_process import prepare_reload
 from hftl.runtime import distributed, interruption
 from hftl.runtime.imports import freeze_imports, pause_collections
@@ -171,6 +177,7 @@ def predict(
     ] = None,
 ) -> None:
     """Predict a table's rows, or one text: label, score, a column a class."""
+    check_predict_arguments(data, output, prior, coverage)
     from hftl.inference.predict_table import predict_table
 
     with run_quietly():
@@ -255,6 +262,7 @@ def compare(
     base: Annotated[str | None, typer.Option(help="the adapters' base, if elsewhere")] = None,
 ) -> None:
     """Score several models on the same items, against the first."""
+    check_output(output, COMPARISON_SUFFIXES, PLOT_SUFFIXES)
     from hftl.inference.compare import compare_models
 
     with run_quietly():

@@ -143,7 +143,7 @@ def rank(
 ) -> None:
     """Rank source models for your data before any training, with rank intervals and cost."""
     loaded = Recipe.load(recipe, overrides)
-    _refuse_existing(write)
+    _check_write_target(write)
     folder = name_run(loaded, output)
     from hftl.pipeline import analyses
 
@@ -166,7 +166,7 @@ def sweep(
     write: Winner = None,
 ) -> None:
     """Search learning rates by layer: which blocks want to move, and what that gains."""
-    _refuse_existing(write)
+    _check_write_target(write)
     learning_rates = _parse_numbers("--rates", rates, None)
     factors = _parse_numbers("--decays", decays, 1.0)
     with open_analysis(recipe, overrides, output) as opened:
@@ -213,11 +213,13 @@ def _parse_numbers(option: str, text: str, below: float | None) -> tuple[float, 
     return tuple(dict.fromkeys(numbers))
 
 
-def _refuse_existing(write: Path | None) -> None:
-    """Refuse to write a recipe over a file, before anything runs.
+def _check_write_target(write: Path | None) -> None:
+    """Refuse to write a recipe over a file or into no folder, before anything runs.
 
     Raises:
         RecipeError: naming it.
     """
     if write is not None and write.exists():
         raise RecipeError(f"{write} exists", "Choose another name for --write")
+    if write is not None and not write.parent.is_dir():
+        raise RecipeError(f"--write {write}: there is no folder {write.parent}", "Make it")

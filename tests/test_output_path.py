@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.command import Hftl
 
 from hftl import cli_errors
 from hftl.errors import RecipeError
@@ -29,6 +30,21 @@ def test_unwritable_output_is_refused_before_any_model_is_loaded(
     for output in (tmp_path / "a.csv", Path("/proc/c.csv")):
         with pytest.raises(RecipeError, match="--output"):
             predict_table("nowhere/at all", tmp_path / "none.csv", output)
+
+
+@pytest.mark.parametrize("words", [
+    ["predict", "m", __file__, "--output"], ["compare", "m", "--output"],
+    ["rank", "r.yaml", "--write"], ["sweep", "r.yaml", "--write"],
+])  # fmt: skip
+def test_a_missing_folder_is_refused_before_torch_is_imported(
+    words: list[str], hftl: Hftl, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("predict_table", "compare"):
+        monkeypatch.setitem(sys.modules, f"hftl.inference.{name}", None)
+    for name in ("analyses", "pipeline"):
+        monkeypatch.setitem(sys.modules, f"hftl.pipeline.{name}", None)
+    words = [str(recipe_file) if word == "r.yaml" else word for word in words]
+    hftl(*words, tmp_path / "no" / "x.csv").assert_error(2, "x.csv: there is no folder")
 
 
 def test_refused_command_leaves_no_file(tmp_path: Path) -> None:

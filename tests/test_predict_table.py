@@ -18,6 +18,7 @@ from hftl.data.rows import Row
 from hftl.data.tables import READERS, guess_format
 from hftl.errors import DataError, RecipeError
 from hftl.inference import predict, predict_table
+from hftl.inference.arguments import is_literal_text
 from hftl.inference.predict import Predictor
 
 pytestmark = pytest.mark.usefixtures("fast_reload")
@@ -217,7 +218,7 @@ def test_only_what_can_be_no_file_is_a_text(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my data" / "new").mkdir(parents=True)
-    assert predict_table.is_literal_text(data) == expected
+    assert is_literal_text(data) == expected
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from hftl.data.image_inputs import ImageInputs
 from hftl.data.labels import decode_logits, encode_for_metrics, recognize_tag_scheme
 from hftl.data.normalization import normalize_name
 from hftl.errors import RecipeError
+from hftl.inference.arguments import COMPARISON_SUFFIXES, PLOT_SUFFIXES, check_output
 from hftl.inference.eval_data import (
     LabelledItems,
     count_known_items,
@@ -25,7 +26,6 @@ from hftl.inference.eval_data import (
 from hftl.inference.find_model import check_trained_head, find_published_folder
 from hftl.inference.multi_adapter import iterate_predictors
 from hftl.inference.predict import Predictor
-from hftl.inference.predict_table import check_output
 from hftl.measure.gain import assign_units
 from hftl.measure.metrics import SELECTION_METRICS, Metric, find_metric
 from hftl.measure.scores import ComparedModel, compare_pair, score_with_interval
@@ -33,8 +33,6 @@ from hftl.measure.verdict import format_gain
 from hftl.models.features import predict_logits
 from hftl.publish.published_metadata import PublishedMetadata
 from hftl.runtime.run_folder import write_text
-
-OUTPUT_SUFFIXES = (".csv", ".png")
 
 
 def compare_models(
@@ -57,7 +55,7 @@ def compare_models(
         DataError: if the table cannot be read, or has a label that no model knows.
         HubError: if a hub id cannot be had.
     """
-    check_output(output, OUTPUT_SUFFIXES, [".png"])
+    check_output(output, COMPARISON_SUFFIXES, PLOT_SUFFIXES)
     folders = [_find_model_folder(model) for model in models]
     shared, unknown = (None, []) if data else read_shared_items(models, folders)
     predictions: dict[int, np.ndarray] = {}

@@ -19,7 +19,6 @@ from hftl.data.tables import guess_format
 from hftl.errors import DataWarning
 from hftl.runtime.run_folder import write_bytes
 
-OUTPUT_SUFFIXES = (".csv", ".jsonl", ".parquet")
 LINE_SEPARATORS = "\x85\u2028\u2029"
 """Characters that JSON leaves unescaped, though `str.splitlines` ends a line at them."""
 

@@ -1,9 +1,6 @@
-"""Predict the rows of a table, and check before any work that an output file can be written."""
+"""Predict the rows of a table, or a text that is given in its place."""
 
 import errno
-import os
-import re
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,9 +10,9 @@ from hftl.data.load import find_text_fault
 from hftl.data.rows import ENCODING_FAULT, RawRow, has_invalid_utf8
 from hftl.data.tables import READERS, guess_format, read_image_files
 from hftl.errors import DataError, RecipeError, suggest_closest
+from hftl.inference.arguments import check_predict_arguments, is_literal_text
 from hftl.inference.load_predictor import load
 from hftl.inference.output_table import (
-    OUTPUT_SUFFIXES,
     Columns,
     fit_columns,
     name_columns,
@@ -25,56 +22,6 @@ from hftl.inference.output_table import (
 from hftl.inference.predict import Prediction, Predictor
 from hftl.inference.prior import correct_predictions
 from hftl.inference.published_scores import find_set_quantile
-
-
-def check_output(output: Path | None, suffixes: Sequence[str], beside: Sequence[str] = ()) -> None:
-    """Check that a file can be written.
-
-    Args:
-        output: the file; None is the screen.
-        suffixes: the allowed ones.
-        beside: suffixes of further files of the same name that are written too.
-
-    Raises:
-        RecipeError: if it cannot.
-    """
-    if output is None:
-        return
-    if output.suffix not in suffixes:
-        raise RecipeError(
-            f"--output {output}: unknown suffix {output.suffix!r}", f"Use {', '.join(suffixes)}"
-        )
-    if not output.parent.is_dir():
-        raise RecipeError(f"--output {output}: there is no folder {output.parent}", "Make it")
-    for path in (output, *map(output.with_suffix, beside)):
-        _check_writable(path)
-
-
-def _check_writable(path: Path) -> None:
-    why = "is a folder" if path.is_dir() else None
-    if path.exists() and not os.access(path, os.W_OK):
-        why = "may not be written"
-    try:
-        # Permissions are not enough: the system may still refuse, as on a read-only disk.
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        why = f"cannot be written: {error.strerror}"
-    if why is not None:
-        raise RecipeError(f"--output {path} {why}", "Choose another file")
-
-
-FILE_SUFFIX = re.compile(r"\.[a-z]\w{1,7}$", re.IGNORECASE)
-"""The ending of a file's name, as opposed to the full stop at the end of a text."""
-
-
-def is_literal_text(data: str) -> bool:
-    """Return whether an input is a text itself: no path, no file's name, and more than one word.
-
-    A name in a folder that exists is a path, misspelt or not.
-    """
-    words, folder = data.split(), os.path.dirname(data)
-    is_path = os.path.exists(data) or (folder and os.path.exists(folder))
-    return len(words) > 1 and not is_path and not FILE_SUFFIX.search(words[-1])
 
 
 def predict_table(
@@ -103,18 +50,8 @@ def predict_table(
         RecipeError: if the output's suffix is unknown, its folder is missing, the model cannot be
             loaded, or it has no sets of this coverage.
     """
-    check_output(output, OUTPUT_SUFFIXES)
-    if coverage is not None and prior is not None:
-        raise RecipeError(
-            "--coverage: sets cover inputs with validation's shares of classes, and --prior gives "
-            "others",
-            "Give one of them",
-        )
-    if not str(data).strip():
-        raise DataError("the text is empty", "Give a text, or the path of a table or a folder")
+    check_predict_arguments(data, output, prior, coverage)
     is_text = is_literal_text(str(data))
-    if not is_text:
-        _check_input(Path(data), output)
     predictor = load(model, base)
     table = (
         _build_text_table(str(data), predictor) if is_text else _read_table(Path(data), predictor)
@@ -154,17 +91,6 @@ def _write_columns(columns: Columns, output: Path | None) -> str | None:
         raise RecipeError(
             f"--output {output} cannot be written: {error.strerror}", "Choose another file"
         ) from error
-
-
-def _check_input(data: Path, output: Path | None) -> None:
-    """Refuse an input that is not there, or that the output would overwrite."""
-    if output is not None and output.resolve() == data.resolve():
-        raise RecipeError(f"--output {output} is the input itself", "Choose another file")
-    if not data.exists():
-        raise DataError(
-            f"{data} does not exist",
-            "Check the path; a text itself is more than one word, in quotes, or a line of a .txt",
-        )
 
 
 @dataclass(frozen=True)
