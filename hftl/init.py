@@ -1,9 +1,11 @@
 """Write a commented recipe for a table or folder, guessing what its columns are: `hftl init`."""
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from itertools import chain, islice
 from pathlib import Path
 
 import yaml
@@ -14,7 +16,8 @@ from hftl.data.splits import TASKS_WITHOUT_CLASS_SHOTS
 from hftl.data.tables import IMAGE_SUFFIXES, READERS, guess_format
 from hftl.errors import DataError, RecipeError
 from hftl.finetune.strategies import FINETUNE_STRATEGIES
-from hftl.models.image_architectures import UNHEADED_ENCODERS
+from hftl.models.architectures import ARCHITECTURES, READ_AS, UNHEADED
+from hftl.models.image_architectures import IMAGE_HALVES, UNHEADED_ENCODERS
 from hftl.models.known_sources import find_known_source, suggest_known_source
 from hftl.runtime import paths, run_folder
 
@@ -76,6 +79,7 @@ measure:
 """
 
 
+KIND_NAMES = {"text": "texts", "image": "pictures"}
 POOLING_NOTES = {
     "image": "native | cls | mean | cls+mean, where a class token stands before the patches",
     "text": "native | mean | cls; mean suits sentence encoders",
@@ -110,9 +114,11 @@ def write_recipe(data: Path, source: str, output: Path | None) -> tuple[Path, li
         Its path, and a line for each guess.
 
     Raises:
-        DataError: if the data cannot be read, or no column can be the text or the label.
+        DataError: if the data cannot be read, no column can be the text or the label, or all rows
+            are of one class.
         RecipeError: if the recipe exists already, or the source is a folder or package that holds
-            no model, or one that hftl does not load; whether a hub has it is asked by `hftl check`.
+            no model, one that hftl does not load, or one that reads other inputs than these;
+            whether a hub has it is asked by `hftl check`.
     """
     if not data.exists():
         raise DataError(f"{data} does not exist", "Check the path")
@@ -122,19 +128,55 @@ def write_recipe(data: Path, source: str, output: Path | None) -> tuple[Path, li
     model = paths.resolve_local_path(source, "--source")
     if model is not None and not (model / "config.json").is_file():
         raise RecipeError(f"--source: {source} holds no model", "Give a folder with config.json")
-    name = guess_format(data)
-    rows = []
-    for raw in READERS[name](data):
-        rows.append(raw.values)
-        if len(rows) >= MAX_SAMPLE_ROWS and not data.is_dir():
-            break
+    values = (raw.values for raw in READERS[guess_format(data)](data))
+    rows = list(values if data.is_dir() else islice(values, MAX_SAMPLE_ROWS))
     if not rows:
         raise DataError(f"{data.name} has no rows", "Check the file")
     guess = guess_columns(data.name, rows)
+    _check_classes(data.name, guess, (row.get(guess.label) for row in chain(rows, values)))
+    _check_modality(source, model, guess)
     notes = [*guess.notes, *([] if model else _describe_hub_source(source))]
     path.parent.mkdir(parents=True, exist_ok=True)
     run_folder.write_text(path, _fill_template(guess, data, source, path))
     return path, notes
+
+
+def _check_classes(name: str, guess: ColumnGuess, values: Iterable[object]) -> None:
+    """Refuse labels that are all the same; of a sorted table the first rows may be.
+
+    Raises:
+        DataError: naming the only class.
+    """
+    if guess.task != "classification":
+        return
+    given = (str(value) for value in values if value not in (None, ""))
+    first = next(given)
+    if all(other == first for other in given):
+        raise DataError(
+            f"{name}: every row of the column {guess.label!r} is {first!r}, expected two classes",
+            "Give rows of other classes, or name another label in a recipe by hand: hftl schema",
+        )
+
+
+def _check_modality(source: str, model: Path | None, guess: ColumnGuess) -> None:
+    """Refuse a source of texts for pictures, and the reverse, where its architecture is known.
+
+    Raises:
+        RecipeError: naming what it reads.
+    """
+    known = find_known_source(source)
+    family = None if known is None else known.family
+    if model is not None:
+        config = json.loads((model / "config.json").read_text("utf-8"))
+        family = config.get("model_type") if isinstance(config, dict) else None
+    family = READ_AS.get(str(family), family)
+    spec = (ARCHITECTURES | UNHEADED | IMAGE_HALVES).get(str(family))
+    if spec is not None and spec.modality != guess.kind:
+        raise RecipeError(
+            f"--source: {source} reads {KIND_NAMES[spec.modality]}, and the data are "
+            f"{KIND_NAMES[guess.kind]} (column {guess.inputs[0]!r})",
+            f"Choose one of hftl sources --modality {guess.kind}",
+        )
 
 
 def _describe_hub_source(source: str) -> list[str]:

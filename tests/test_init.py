@@ -9,7 +9,7 @@ from conftest import pictures, sentences, write_csv
 
 from hftl.config.recipe import Recipe
 from hftl.errors import DataError, RecipeError
-from hftl.init import guess_columns, write_recipe
+from hftl.init import MAX_SAMPLE_ROWS, guess_columns, write_recipe
 
 TEXTS = [text for text, _ in sentences(40)]
 LABELS = [label for _, label in sentences(40)]
@@ -191,3 +191,37 @@ def test_lists_and_pictures_are_recognized_by_their_values(
     column = recipe.data.train.image if inputs == "photo" else recipe.data.train.text
     assert column == inputs and recipe.measure.metric == metric
     assert f"so the task is {task}" in notes[1]
+
+
+def test_labels_of_one_class_are_refused_wherever_another_may_stand(tmp_path: Path) -> None:
+    lone = write(tmp_path / "one.csv", columns(text=TEXTS, label=["same"] * 40))
+    with pytest.raises(DataError, match="one.csv: every row of the column 'label' is 'same'"):
+        write_recipe(lone, "org/model", tmp_path / "r.yaml")
+    assert not (tmp_path / "r.yaml").exists()
+    # Of a sorted table the rows that are looked at are of one class.
+    texts = [f"text {i}" for i in range(MAX_SAMPLE_ROWS + 2)]
+    labels = ["first"] * (MAX_SAMPLE_ROWS + 1) + ["second"]
+    whole = write(tmp_path / "sorted.csv", columns(text=texts, label=labels))
+    write_recipe(whole, "org/model", tmp_path / "r.yaml")
+    assert Recipe.load(tmp_path / "r.yaml").data.train.label == "label"
+
+
+@pytest.mark.parametrize("family", ["bert", "vit", "vit_mae", "clip", "no_such"])
+def test_a_source_of_other_inputs_is_refused(family: str, table: Path, tmp_path: Path) -> None:
+    model, images = tmp_path / "model", pictures(tmp_path / "images", 3)
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps({"model_type": family}))
+    for data, kind, other in ((table, "texts", "pictures"), (images, "pictures", "texts")):
+        recipe = tmp_path / f"{kind}.yaml"
+        if family == "no_such" or (family == "bert") == (kind == "texts"):
+            write_recipe(data, str(model), recipe)
+            continue
+        with pytest.raises(RecipeError, match=f"reads {other}, and the data are {kind}"):
+            write_recipe(data, str(model), recipe)
+        assert not recipe.exists()
+
+
+def test_a_listed_source_of_texts_is_refused_for_pictures(tmp_path: Path) -> None:
+    images = pictures(tmp_path / "images", 3)
+    with pytest.raises(RecipeError, match="bert-base-uncased reads texts.*--modality image"):
+        write_recipe(images, "google-bert/bert-base-uncased", tmp_path / "r.yaml")
