@@ -100,7 +100,7 @@ def test_front_matter_is_read_by_yaml_and_by_the_hub(case: str, task: str, own: 
     assert front["base_model_relation"] == ("adapter" if own == "lora" else "finetune")
     # No class of transformers has a mean-pooled head.
     assert front["library_name"] == ("peft" if own == "lora" else "hftl")
-    assert front["pipeline_tag"] == "feature-extraction"
+    assert front["pipeline_tag"] == "text-classification"
     tags = {"base_model:adapter:org/tiny-MiniLM"} if own == "lora" else set()
     assert set(front["tags"]) == {"hftl", "transfer-learning", own} | tags
     assert validate_own_card(card) == []

@@ -78,17 +78,21 @@ def test_publishes_only_when_all_three_hold(gain: str, over_head: str, reload: f
     assert verdict.decision == ("hold" if any(against) else "publish")
     reasons = " / ".join(verdict.reasons)
     level = over_head == "level"
-    assert ("not better than head" in verdict.reasons[0]) == level
+    luck = over_head == "one seed ahead"
+    assert ("not better than head" in verdict.reasons[0]) == (level or luck)
+    # One seed shows neither that head is better nor that it is not.
+    single = [r for r in verdict.reasons if "than head" in r and "rests on" in r]
+    assert len(single) == (luck or (over_head == "one seed behind" and not any(against)))
     if any(against):
         assert len(verdict.reasons) == sum(against) + level
         assert (SAYS[gain] in reasons) == against[0]
-        assert ("linear head is better" in reasons) == against[1]
+        assert ("linear head is better" in reasons) == (over_head == "ahead")
         assert ("the reload is not the same" in reasons) == against[2]
         assert f"difference {reload:.1e}" in reasons or not against[2]
     else:
         assert SAYS["positive"] in reasons and "reload proved" in reasons
-        behind = over_head in ("behind", "one seed behind")
-        assert any(reason.startswith("better than head") for reason in verdict.reasons) == behind
+        behind = [reason.startswith("better than head") for reason in verdict.reasons]
+        assert any(behind) == (over_head == "behind")
 
 
 def test_a_reload_that_nobody_measured_is_not_proved() -> None:

@@ -227,7 +227,7 @@ def _format_head_sentence(record: Record) -> str:
     over = row and row.gain_of_own
     if row is None or over is None or is_better(over):
         return ""
-    words = "Worse than" if is_worse(over) else "Not better than"
+    words = "Worse than" if over.ci95 is not None and is_worse(over) else "Not better than"
     return (
         f"{words} {describe_arm(PROBE_ARM, record)}: {record.metric} {record.own_row.test:.3f} "
         f"against {row.test:.3f}, a difference of {format_gain(over)} "

@@ -65,9 +65,9 @@ def build_metadata(record: Record) -> ModelCardData:
     is_adapter = record.recipe.finetune.spec.trains_adapter
     return ModelCardData(
         library_name=_library_name(record),
-        # transformers' classification pipeline would give a pooled model an untrained head, so the
-        # hub must not offer it: without hftl only the encoder's features are had.
-        pipeline_tag=_find_pooled_tag(record) if is_pooled(record) else find_pipeline_tag(record),
+        # The task that the model is for. transformers alone would give a pooled model an untrained
+        # head; it asks the library's name before it takes this for a pipeline of its own.
+        pipeline_tag=find_pipeline_tag(record),
         tags=[
             "hftl",
             "transfer-learning",
@@ -82,12 +82,6 @@ def build_metadata(record: Record) -> ModelCardData:
         co2_eq_emissions=_build_emissions(record),
         **build_origin(record, is_adapter),
     )
-
-
-def _find_pooled_tag(record: Record) -> str:
-    """Return the hub's name for what transformers alone gets from a model with a pooled head."""
-    images = record.data.modality == "image"
-    return "image-feature-extraction" if images else "feature-extraction"
 
 
 def _library_name(record: Record) -> str:
@@ -192,8 +186,8 @@ def _describe_eval_dataset(record: Record) -> _EvalDataset:
 
 
 def _build_widget(record: Record) -> list[dict[str, object]] | None:
-    """Return the examples with outputs; none where the hub's task is one of features."""
-    if is_pooled(record) or not record.widget:
+    """Return the examples with outputs, which the hub shows as they are."""
+    if not record.widget:
         return None
     return [example.to_dict() for example in record.widget]
 

@@ -185,8 +185,7 @@ def _judge_gain(gain: BaselineGain | None) -> Judgement:
         return False, "no baseline was run, so nothing says what the transfer is worth"
     text = f"{format_gain(gain)} {gain.metric} over {gain.baseline}"
     if gain.ci95 is None:
-        single = "one seed" if gain.seeds == 1 else "one group of test rows"
-        return False, f"the gain {text} rests on {single}, which cannot tell gain from luck"
+        return False, f"the gain {text} {_format_luck(gain)}"
     if gain.outcome == "undetermined" and gain.ci95[0] > 0:
         unsure = next(
             f"{format_gain(other)} over {name}"
@@ -203,10 +202,22 @@ def _judge_gain(gain: BaselineGain | None) -> Judgement:
     return gain.outcome == "positive", reasons[gain.outcome]
 
 
+def _format_luck(gain: Gain) -> str:
+    """Say what a gain without an interval rests on."""
+    single = "one seed" if gain.seeds == 1 else "one group of test rows"
+    return f"rests on {single}, which cannot tell gain from luck"
+
+
 def _judge_head(over_head: Gain | None) -> Judgement:
+    """Hold where head is better, without an interval by the score alone, which is said."""
     if over_head is None:
         return True, ""
     text = f"{format_gain(over_head)} {over_head.metric}"
+    if over_head.ci95 is None:
+        better = "not shown to be" if over_head.value > 0 else "not"
+        head = "head, the frozen encoder with a linear head"
+        holds = not is_worse(over_head)
+        return holds, f"{better} better than {head}: {text} {_format_luck(over_head)}"
     if is_worse(over_head):
         return False, f"the frozen encoder with a linear head is better: {text} against head"
     if not is_better(over_head):
@@ -218,6 +229,9 @@ def _judge_zero_shot(over_zero_shot: Gain | None) -> Judgement:
     if over_zero_shot is None or not is_worse(over_zero_shot):
         return True, ""
     text = f"{format_gain(over_zero_shot)} {over_zero_shot.metric}"
+    if over_zero_shot.ci95 is None:
+        words = "not better than words for the classes, without any label (zero_shot)"
+        return False, f"{words}: {text} {_format_luck(over_zero_shot)}"
     return False, f"words for the classes are better without any label: {text} against zero_shot"
 
 
