@@ -101,8 +101,10 @@ class CalibrationSection(RecordPart):
     """Describe the probabilities of the published weights on test."""
 
     temperature: float | None
-    """Fitted on validation; `predict` divides logits by it. None where no finite one is best, and
-    for multi-label."""
+    """Fitted on validation, of few rows drawn towards 1; `predict` divides logits by it. None where
+    no finite one is best, and for multi-label."""
+    likeliest: float | None = None
+    """The temperature of greatest likelihood, which is not drawn; null in older records."""
     labels: dict[str, LabelCurve] | None = None
     """Multi-label: fitted on validation; `predict` gives these probabilities."""
     bins: int
