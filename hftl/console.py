@@ -39,7 +39,8 @@ def format_check(header: dict[str, str], facts: CheckFacts, has_task: bool) -> s
 
 def format_baselines(check: BaselineCheck) -> str:
     """Return what the baselines score, and whether the source has anything to transfer."""
-    cells = [(f"learnt from {check.train_rows:,} rows", f"validation {check.metric}", "95 %")]
+    score = f"{check.metric} on {check.validation_rows:,} validation rows"
+    cells = [(f"learnt from {check.train_rows:,} rows of train", score, "95 %")]
     for row in check.scores:
         interval = "-" if row.ci95 is None else f"[{row.ci95[0]:.3f}, {row.ci95[1]:.3f}]"
         cells.append((row.arm, f"{row.score:.3f}", interval))

@@ -20,7 +20,7 @@ from hftl.analysis.label_faults import (
 )
 from hftl.analysis.label_maps import find_exchange, match_labels
 from hftl.analysis.row_faults import ROW_CHECKS, compare_shares
-from hftl.analysis.source_faults import compare_readings, score_rows
+from hftl.analysis.source_faults import READ_TOKENS, compare_readings, examine_rows, score_rows
 from hftl.analysis.tokenizer_faults import compare_embeddings, list_stems, shuffle_ids
 from hftl.config.data import Data, Table
 from hftl.data.duplicates import build_shingles
@@ -29,6 +29,7 @@ from hftl.data.near_copies import MIN_SIMILARITY, pair_texts
 from hftl.data.prepare import prepare_data, read_prepared_data, write_prepared_data
 from hftl.data.rows import InputSpec, Row
 from hftl.data.text_inputs import TextInputs
+from hftl.models.architectures import get_max_tokens
 from hftl.pipeline.faults import add_source_faults
 from hftl.pipeline.pipeline import open_recipe
 from hftl.train.facts import CheckFacts, Finding
@@ -242,6 +243,24 @@ def test_a_clean_table_has_no_finding(clean: Any, tmp_path: Path) -> None:
     # A random encoder knows no token, and that is said.
     kinds = clean(write_tables(tmp_path, train=sentences(300)))
     assert set(kinds) <= {"tokenizer"}
+
+
+@pytest.mark.parametrize(("cut", "is_read_on"), [(3, True), (16, False)])
+def test_labels_are_judged_by_more_of_a_text_than_the_recipe_leaves(
+    cut: int, is_read_on: bool, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Of texts that were cut to three tokens right labels looked wrong."""
+    tree: dict[str, Any] = {
+        "source": {"model": str(tiny_model())},
+        "data": write_tables(tmp_path, train=sentences(80)) | {"max_length": cut},
+        "measure": {"seeds": [0], "arms": []},
+    }
+    recipe = Recipe.parse(tree)
+    examined = examine_rows(recipe, open_recipe(recipe))
+    assert examined is not None and isinstance(examined.context.inputs, TextInputs)
+    most = min(READ_TOKENS, get_max_tokens(examined.context.source.config))
+    assert examined.context.inputs.max_length == (most if is_read_on else cut)
+    assert recipe.data.max_length == cut
 
 
 def test_permuted_labels_of_a_table_are_found(clean: Any, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from hftl.analysis.forecast import (
     explain_no_forecast,
     forecast_scores,
 )
+from hftl.analysis.probe import FOLDS
 
 FEW, SOME, MANY = 100, 1000, 10_000
 """Labels a class below which the rule of thumb says head, the top blocks, the upper half."""
@@ -101,8 +102,8 @@ def compare_with_classical(task: TaskFeatures) -> AdviceRule:
     variance = sum(share * (1 - share) for share in (task.probe, task.classical))
     gap, noise = task.probe - task.classical, NOISE * sqrt(variance / task.read_rows)
     numbers = (
-        f"out of fold the probe has accuracy {task.probe:.3f} and the classical model "
-        f"{task.classical:.3f} on {task.read_rows:,} rows"
+        f"on {task.read_rows:,} rows of train, each by a model of the other folds of {FOLDS}, the "
+        f"probe has accuracy {task.probe:.3f} and the classical model {task.classical:.3f}"
     )
     if gap > noise:
         text = f"{numbers}: the source has something to transfer"

@@ -13,6 +13,7 @@ from hftl.analysis.facts import (
     ShiftAnalysis,
     TrainedLayers,
 )
+from hftl.analysis.probe import FOLDS
 from hftl.analysis.sweep_facts import PartEffect, SweepAnalysis, SweepTrial
 from hftl.console import format_duration, render_table
 
@@ -55,9 +56,13 @@ def format_rank(facts: RankAnalysis) -> str:
         [one.source, *(format_number(getattr(one.scores, name)) for name in SCORES)]
         for one in facts.sources
     ]
-    notes = [f"  {facts.rows:,} labelled rows; more is better in every score"]
+    read = (
+        f"  {facts.rows:,} rows of train; probe: {facts.metric} at the best layer, each row by a "
+        f"model of the other folds of {FOLDS}"
+    )
+    notes = [f"{read}; more is better in every score"]
     if facts.lower_is_better:
-        notes = [f"  {facts.rows:,} labelled rows; less is better in probe and knn"]
+        notes = [f"{read}; less is better in probe and knn"]
     notes += [f"  not read: {one.source}: {one.why}" for one in facts.failed]
     notes += _describe_gap(facts)
     return "\n".join([render_table(header, rows), render_table(["", *SCORES], scores), *notes])
@@ -96,8 +101,8 @@ def format_probe(facts: ProbeAnalysis) -> str:
             ]  # fmt: skip
         rows.append(row)
     notes = [
-        f"  {facts.metric} on {facts.validation_rows:,} validation rows, trained on "
-        f"{facts.train_rows:,}, {facts.seeds} draw{'s' if facts.seeds > 1 else ''}",
+        f"  probe: {facts.metric} on {facts.validation_rows:,} validation rows, trained on "
+        f"{facts.train_rows:,} of train, {facts.seeds} draw{'s' if facts.seeds > 1 else ''}",
         f"  best of {len(facts.sites)}, chosen on these rows: {facts.best}{_describe_own(facts)}",
         *(_describe_trained(facts, one) for one in facts.trained),
     ]
