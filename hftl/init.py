@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -167,8 +168,7 @@ def _check_modality(source: str, model: Path | None, guess: ColumnGuess) -> None
     known = find_known_source(source)
     family = None if known is None else known.family
     if model is not None:
-        config = json.loads((model / "config.json").read_text("utf-8"))
-        family = config.get("model_type") if isinstance(config, dict) else None
+        family = _read_family(source, model / "config.json")
     family = READ_AS.get(str(family), family)
     spec = (ARCHITECTURES | UNHEADED | IMAGE_HALVES).get(str(family))
     if spec is not None and spec.modality != guess.kind:
@@ -177,6 +177,21 @@ def _check_modality(source: str, model: Path | None, guess: ColumnGuess) -> None
             f"{KIND_NAMES[guess.kind]} (column {guess.inputs[0]!r})",
             f"Choose one of hftl sources --modality {guess.kind}",
         )
+
+
+def _read_family(source: str, path: Path) -> str | None:
+    """Return the architecture that a config names.
+
+    Raises:
+        RecipeError: if it is no JSON.
+    """
+    try:
+        config: Any = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise RecipeError(
+            f"--source: config.json of {source} is no JSON: {error}", "Give the model anew"
+        ) from error
+    return config.get("model_type") if isinstance(config, dict) else None
 
 
 def _describe_hub_source(source: str) -> list[str]:

@@ -101,9 +101,15 @@ def test_any_path_survives_yaml(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("source", "message"),
-    [("./nowhere", "holds no model"), ("package:no_such/model", "is not installed")],
-)
-def test_a_source_that_is_not_there(source: str, message: str, table: Path, tmp_path: Path) -> None:
+    [("./nowhere", "holds no model"), ("package:no_such/model", "is not installed"),
+     ("./broken", "is no JSON")],
+)  # fmt: skip
+def test_a_source_that_is_not_there(
+    source: str, message: str, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
     with pytest.raises(RecipeError, match=rf"--source: .*{message}"):
         write_recipe(table, source, tmp_path / "r.yaml")
     assert not (tmp_path / "r.yaml").exists()
