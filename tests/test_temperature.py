@@ -67,7 +67,7 @@ def test_the_temperature_of_few_rows_is_drawn_towards_1(temperature: float) -> N
     def compute_loss(fitted: float) -> float:
         return -log_softmax(test[0] / fitted, axis=1)[np.arange(4000), test[1]].mean()
 
-    costs = {spread: [] for spread in (None, PRIOR_SPREAD)}
+    costs: dict[float | None, list[float]] = {None: [], PRIOR_SPREAD: []}
     for seed in range(30):
         validation = draw(np.random.default_rng(seed), 40, temperature)
         for spread, rows in costs.items():

@@ -293,8 +293,8 @@ def inspect_images(
         if is_too_small(image, patch_size):
             size = f"{image.width}x{image.height}"
             return raw, f"its {size} pixels are within one patch of {patch_size}"
-        hashes = compute_perceptual_hash(image) or ()
-        return raw, ImageInfo(hash_pixels(image), image.size, read_levels(image), *hashes)
+        code, thumbnail = compute_perceptual_hash(image) or (None, None)
+        return raw, ImageInfo(hash_pixels(image), image.size, read_levels(image), code, thumbnail)
 
     with open_bar("reading pictures", None) as advance:
         for number, result in enumerate(map_in_threads(inspect, raws), 1):
