@@ -80,7 +80,8 @@ def test_the_temperature_of_few_rows_is_drawn_towards_1(temperature: float) -> N
 def test_many_rows_keep_their_temperature() -> None:
     validation = draw(np.random.default_rng(9), 5000, 2.0)
     alone, drawn = (fit_temperature(*validation, spread) for spread in (None, PRIOR_SPREAD))
-    assert alone is not None and drawn == pytest.approx(alone, rel=0.01) and drawn < alone
+    assert alone is not None and drawn is not None
+    assert drawn == pytest.approx(alone, rel=0.01) and drawn < alone
 
 
 @pytest.mark.parametrize("scale", [5.0, 0.0], ids=["all right", "nothing said"])

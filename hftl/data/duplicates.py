@@ -134,7 +134,7 @@ def compare_thumbnails(thumbnails: np.ndarray, others: np.ndarray) -> np.ndarray
     first, second = thumbnails.astype(np.float64), others.astype(np.float64)
     alike = np.abs(first - second).mean((1, 2)) <= MAX_GREY_DIFFERENCE
     shape = len(thumbnails), THUMBNAIL_SIDE**2
-    waves = [dctn(each, axes=(1, 2)).reshape(shape) for each in (first, second)]
+    waves = [np.asarray(dctn(each, axes=(1, 2))).reshape(shape) for each in (first, second)]
     signs = [each > np.median(each, axis=1, keepdims=True) for each in waves]
     return alike | ((signs[0] != signs[1]).sum(1) <= MAX_FINE_DISTANCE)
 

@@ -157,8 +157,9 @@ def _count_terms(parts: Sequence[list[Row]]) -> tuple[list[Any], np.ndarray]:
     from sklearn.feature_extraction.text import CountVectorizer
 
     counter = CountVectorizer(
-        ngram_range=(1, 2), token_pattern=r"(?u)\w+|[^\w\s]", dtype=np.float64
-    )
+        ngram_range=(1, 2), token_pattern=r"(?u)\w+|[^\w\s]",
+        dtype=np.float64,  # pyright: ignore[reportArgumentType]
+    )  # fmt: skip
     first, *others = ([" ".join(row.content) for row in rows] for rows in parts)
     counts = [counter.fit_transform(first), *map(counter.transform, others)]
     counts[0].sort_indices()
