@@ -50,7 +50,7 @@ NamedRow = tuple[bytes, EncodedRow]
 """A row as the encoder takes it, with the key of its content."""
 LAYOUT = 1
 """Raised when the same address gives other states, or they are stored otherwise."""
-PROBE_ROWS = {"cpu": 8, "cuda": 32, "mps": 32}
+TRIAL_ROWS = {"cpu": 8, "cuda": 32, "mps": 32}
 """Rows that run both ways before the others, to compare outputs and time."""
 TOLERANCE = 1e-3
 """How far logits may be apart, as a share of the largest; on most encoders they are equal."""
@@ -61,8 +61,8 @@ LABEL_KEYS = ("id2label", "label2id", "num_labels", "problem_type", "transformer
 
 
 @dataclass(frozen=True)
-class Probe:
-    """Compare running and reading on a few rows.
+class ReadTrial:
+    """Hold how running and reading the states of a few rows compare.
 
     Args:
         obstacle: why reading is not the same; empty where it is.
@@ -154,10 +154,10 @@ class FrozenPrefix:
         self._model.to(self._context.device)
         parts = [self._name_rows(rows) for rows in groups]
         named = {key: row for part in parts for key, row in part.items()}
-        share = max(1, len(named) // PROBE_ROWS[self._context.device])
-        probe = self._probe(list(named.values())[::share])
-        if probe.obstacle:
-            return probe.obstacle
+        share = max(1, len(named) // TRIAL_ROWS[self._context.device])
+        trial = self._try_reading(list(named.values())[::share])
+        if trial.obstacle:
+            return trial.obstacle
         stores = {depth: RowStore(self._root, self._build_address(depth)) for depth in self._depths}
         with ExitStack() as stack:
             if distributed.is_main():
@@ -165,15 +165,15 @@ class FrozenPrefix:
                     stack.enter_context(stores[depth].lock())
             missing = distributed.broadcast_from_main(lambda: _list_missing(named, stores))
             pays, reason = distributed.broadcast_from_main(
-                lambda: self._decide(probe, len(named), len(missing))
+                lambda: self._decide(trial, len(named), len(missing))
             )
             if not pays:
                 return reason
             length = sum(self._context.inputs.length(named[key]) for key in missing)
-            count = distributed.broadcast_from_main(lambda: self._count_fitting(probe, length))
+            count = distributed.broadcast_from_main(lambda: self._count_fitting(trial, length))
             stores = {depth: stores[depth] for depth in self._depths[:count]}
             if not stores:
-                gigabytes = probe.sizes[self._depths[0]] * length / 2**30
+                gigabytes = trial.sizes[self._depths[0]] * length / 2**30
                 return f"their {gigabytes:.1f} GB do not fit"
             left = set(missing)
             batches = [
@@ -181,7 +181,7 @@ class FrozenPrefix:
                 for part in parts
                 for batch in self._batch([(key, row) for key, row in part.items() if key in left])
             ]
-            if missing and not self._write(stores, batches, probe):
+            if missing and not self._write(stores, batches, trial):
                 return "the disk is full"
         for store in stores.values():
             store.refresh()
@@ -191,13 +191,13 @@ class FrozenPrefix:
         self._stores = stores
         return reason
 
-    def _decide(self, probe: Probe, rows: int, missing: int) -> tuple[bool, str]:
+    def _decide(self, trial: ReadTrial, rows: int, missing: int) -> tuple[bool, str]:
         """Return whether reading is the faster way, and why.
 
         On a CPU that is known beforehand: it reads a state a hundred times faster than it computes
         one. So the last digits of a result do not depend on the clock there.
         """
-        ran, read = 1000 * probe.run_seconds, 1000 * probe.read_seconds
+        ran, read = 1000 * trial.run_seconds, 1000 * trial.read_seconds
         times = f"a row takes {ran:.2g} ms, {read:.2g} ms with them stored"
         if self._finetune.cache == "always":
             return True, f"finetune.cache is always; {times}"
@@ -205,9 +205,9 @@ class FrozenPrefix:
         if self._context.device == "cpu":
             plural = "" if passes == 1 else "es"
             return not missing or passes >= 2, f"{passes:g} pass{plural} over the rows; {times}"
-        size = sum(probe.sizes.values()) / max(1, len(probe.sizes))
-        cost = missing * (probe.run_seconds + size / WRITE_SPEED)
-        return passes * rows * (probe.run_seconds - probe.read_seconds) > cost, times
+        size = sum(trial.sizes.values()) / max(1, len(trial.sizes))
+        cost = missing * (trial.run_seconds + size / WRITE_SPEED)
+        return passes * rows * (trial.run_seconds - trial.read_seconds) > cost, times
 
     def _count_passes(self) -> float:
         """Return how often training reads a row while blocks are frozen."""
@@ -219,10 +219,10 @@ class FrozenPrefix:
             return args.max_steps * step / len(self._context.select_train_rows(args.seed))
         return args.num_train_epochs
 
-    def _count_fitting(self, probe: Probe, length: int) -> int:
+    def _count_fitting(self, trial: ReadTrial, length: int) -> int:
         """Return how many boundaries fit on the disk, the topmost first, which trains first."""
         room = min(row_store.MAX_BYTES, shutil.disk_usage(self._root).free / 2)
-        sizes = np.cumsum([probe.sizes[depth] * length for depth in self._depths])
+        sizes = np.cumsum([trial.sizes[depth] * length for depth in self._depths])
         return int((sizes <= room).sum())
 
     def _name_rows(self, rows: list[Row]) -> dict[bytes, EncodedRow]:
@@ -260,7 +260,7 @@ class FrozenPrefix:
             logits = self._model(**batch).logits.float()
         return logits[batch["attention_mask"].bool()] if logits.ndim == 3 else logits
 
-    def _probe(self, rows: list[EncodedRow]) -> Probe:
+    def _try_reading(self, rows: list[EncodedRow]) -> ReadTrial:
         """Run a few rows both ways, and compare the logits and the time."""
         batch, cache, runs = self._collate(rows), self.cache, [0.0]
         named = name_rows(batch)
@@ -276,12 +276,12 @@ class FrozenPrefix:
         states = cache.record(lambda: expected.append(predict()), self._depths, whole=True)
         dtype, sizes = str(states[self._depths[0]].dtype), {}
         if set(cache.counts) != {1}:
-            return Probe("one block runs several times, or returns more than hidden states", {})
+            return ReadTrial("one block runs several times, or returns more than hidden states", {})
         length = sum(map(self._context.inputs.length, rows))
         for depth in reversed(self._depths):
             arrays = split_rows(named, states[depth])
             if arrays is None:
-                return Probe("blocks mix the rows of a batch", {})
+                return ReadTrial("blocks mix the rows of a batch", {})
             sizes[depth] = sum(array.nbytes for array in arrays) / length
             if depth not in (self._depths[0], self._depths[-1]):
                 continue
@@ -289,9 +289,9 @@ class FrozenPrefix:
             cache.read(depth, MemoryRows(dict(zip(named.keys, arrays, strict=True)), dtype))
             difference = (predict() - expected[0]).abs().max()
             if cache.hits == hits:
-                return Probe("the encoder takes other inputs than the rows", {})
+                return ReadTrial("the encoder takes other inputs than the rows", {})
             if not difference <= TOLERANCE * expected[0].abs().max().clamp(min=1):
-                return Probe("what follows reads more of them than their last states", {})
+                return ReadTrial("what follows reads more of them than their last states", {})
         if self._context.device != "cpu":
             # The first passes on an accelerator load its kernels.
             predict()
@@ -299,11 +299,11 @@ class FrozenPrefix:
         cache.read(self._depths[0], None)
         if self._context.device != "cpu":
             predict()
-            return Probe("", sizes, dtype, runs[-1], read)
-        return Probe("", sizes, dtype, runs[1], read)
+            return ReadTrial("", sizes, dtype, runs[-1], read)
+        return ReadTrial("", sizes, dtype, runs[1], read)
 
     def _write(
-        self, stores: Mapping[int, RowStore], batches: list[list[NamedRow]], probe: Probe
+        self, stores: Mapping[int, RowStore], batches: list[list[NamedRow]], trial: ReadTrial
     ) -> bool:
         """Store the states of rows; return False where the disk is full. Collective."""
         # A store that another arm has filled gets no part: one without rows would be none.
@@ -318,7 +318,7 @@ class FrozenPrefix:
             try:
                 with ExitStack() as stack:
                     add = {
-                        d: stack.enter_context(stores[d].write_part(probe.dtype)) for d in depths
+                        d: stack.enter_context(stores[d].write_part(trial.dtype)) for d in depths
                     }
                     for depth, key, state in states:
                         if key not in stores[depth]:
