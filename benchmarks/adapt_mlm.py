@@ -50,7 +50,8 @@ from hftl.adapt.encoder_io import set_trainable
 from hftl.adapt.language_model import load_mlm
 from hftl.config.section import Source
 from hftl.data.corpus import SPECIAL_TOKENS_FILE, STARTS_WORD, TokenBlocks
-from hftl.data.masking import IGNORE_INDEX, MaskedBlocks, MaskingSpec
+from hftl.data.masking import MaskedBlocks, MaskingSpec
+from hftl.data.text_inputs import IGNORE_INDEX
 from hftl.models.source import find_source
 from hftl.runtime.hardware import has_fast_bf16
 from hftl.train.arguments import build_training_arguments

@@ -16,20 +16,26 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from markdown_it import MarkdownIt
-from support.records import add_forgetting, make_record, render, render_page
+from support.records import (
+    HFTL_KEYS,
+    add_forgetting,
+    make_record,
+    render,
+    render_page,
+    validate_own_card,
+)
 from test_card import shape
 
 from hftl.card.plots import plot_ladder
-from hftl.card.validation import HFTL_KEYS, validate_own_card
 from hftl.card.wording import (
     INVISIBLE_CATEGORIES,
-    JOINERS,
     escape_markup,
     format_yaml_block,
     slugify,
     to_code_text,
     to_one_line,
 )
+from hftl.data.normalization import JOINERS
 from hftl.measure.error_analysis import ClassScore, ErrorAnalysis, Mistake
 from hftl.measure.record import Record
 

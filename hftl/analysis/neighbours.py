@@ -13,6 +13,9 @@ import numpy as np
 
 from hftl.errors import DataError
 
+NEIGHBOURS = 10
+"""Nearest neighbours that are compared."""
+
 
 class JackknifeEstimate(NamedTuple):
     """Hold a figure of all rows, and (blocks,) those without each block.
@@ -65,7 +68,7 @@ def rank_neighbours(features: np.ndarray, count: int) -> np.ndarray:
     return cast(np.ndarray, search.kneighbors(return_distance=False))
 
 
-def mean_shared_neighbours(before: np.ndarray, after: np.ndarray, k: int = 10) -> float:
+def mean_shared_neighbours(before: np.ndarray, after: np.ndarray, k: int = NEIGHBOURS) -> float:
     """Return the mean share of each row's k nearest neighbours that are the same before and after.
 
     The mutual k-nearest-neighbour alignment of Huh et al. 2024 (arXiv:2405.07987, appendix A): 1
@@ -100,7 +103,7 @@ def count_needed_neighbours(blocks: np.ndarray, k: int) -> int:
 
 
 def jackknife_shared_neighbours(
-    before: np.ndarray, after: np.ndarray, blocks: np.ndarray, k: int = 10
+    before: np.ndarray, after: np.ndarray, blocks: np.ndarray, k: int = NEIGHBOURS
 ) -> JackknifeEstimate:
     """Return the jackknife of `mean_shared_neighbours`.
 

@@ -9,6 +9,7 @@ import yaml
 
 from hftl.adapt.facts import AdaptStage, LossChange
 from hftl.card.validation import is_hub_id
+from hftl.data.normalization import JOINERS
 from hftl.finetune.strategies import STRATEGIES
 from hftl.measure.forgetting_facts import (
     Figure,
@@ -22,8 +23,6 @@ from hftl.measure.verdict import Estimate, format_gain
 
 MAX_NAME_CHARACTERS = 80
 MAX_SENTENCE_CHARACTERS = 1000
-JOINERS = "\u200c\u200d"
-"""Invisible, and needed to write Persian and the languages of India."""
 INVISIBLE_CATEGORIES = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
 """Controls, marks of direction, halves of characters, and code points without a character."""
 MARKUP = re.compile(

@@ -6,6 +6,9 @@ from pydantic import Field, field_validator
 
 from hftl.config.section import MAX_SEED, Section
 
+SEARCH_SHARE = 1 / 3
+"""Each rate is tried at this share of scratch's own budget."""
+
 
 class Search(Section):
     """Set the learning rates that `scratch` is searched over, and its longer budget."""

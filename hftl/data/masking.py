@@ -17,11 +17,10 @@ from torch.utils.data import Dataset
 
 from hftl.data.corpus import TokenBlocks
 from hftl.data.image_inputs import ImageInputs, to_tensor
-from hftl.data.text_inputs import Augmentation, EncodedRow
+from hftl.data.text_inputs import IGNORE_INDEX, Augmentation, EncodedRow
 from hftl.errors import RecipeError
 
 MASK_SHARE, UNCHANGED_SHARE = 0.8, 0.1
-IGNORE_INDEX = -100
 UNIFORM_DEVIATION = 2.0
 """The standard deviation, in grey levels of 255, under which a patch counts as near-constant.
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import sparse
 
-from hftl.data.duplicates import PictureHashes, build_shingles
+from hftl.data.duplicates import SPLIT_PRIORITY, PictureHashes, build_shingles
 from hftl.data.rows import Row
 from hftl.plurals import count_noun
 
@@ -20,7 +20,6 @@ MAX_SHARING = 100
 MAX_ROWS = 20_000
 """Rows that are compared, at most: those that measure first."""
 CHUNK_ROWS = 1000
-SPLIT_ORDER = ("test", "validation", "train")
 
 
 class NearPair(NamedTuple):
@@ -38,7 +37,7 @@ def find_near_copies(rows: Mapping[str, list[Row]]) -> list[NearPair]:
     Args:
         rows: by split; of more than `MAX_ROWS` the last ones of train are left out.
     """
-    placed = [(split, row) for split in SPLIT_ORDER for row in rows[split]][:MAX_ROWS]
+    placed = [(split, row) for split in SPLIT_PRIORITY for row in rows[split]][:MAX_ROWS]
     if not placed:
         return []
     if any(row.perceptual_hash is not None for _, row in placed):

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 JOINERS = "\u200c\u200d"
+"""Invisible, and needed to write Persian and the languages of India."""
 INVISIBLE = re.compile("[\u00ad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff]")
 """Soft hyphen, zero-width space, marks and isolates of direction, word joiner, byte order mark."""
 UNSEEN_IN_WORDS = re.compile(f"[{JOINERS}\ufe00-\ufe0f]")

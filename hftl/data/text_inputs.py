@@ -20,6 +20,8 @@ from hftl.errors import DataError
 from hftl.runtime.run_folder import fingerprint
 from hftl.train.hf_compat import set_backend_tokenizer
 
+IGNORE_INDEX = -100
+"""The class id of an element without a label, which cross-entropy passes over."""
 EncodedValue = list[int] | np.ndarray | Tensor
 EncodedRow = dict[str, EncodedValue]
 """The inputs of one row by the names of the model's arguments, and its `labels` in training."""
@@ -142,7 +144,7 @@ class WordInputs(TextInputs):
         batch = self._pad(rows)
         if "labels" not in rows[0]:
             return batch
-        labels = torch.full(batch["input_ids"].shape, -100)
+        labels = torch.full(batch["input_ids"].shape, IGNORE_INDEX)
         for number, row in enumerate(rows):
             positions = np.asarray(row["words"])
             is_present = positions >= 0

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from hftl.errors import HubError, RecipeError, format_error_line
-from hftl.models.source import SourceModel
+from hftl.measure.record import PUBLISHED_FILE
+from hftl.models.source import SourceModel, read_file_shapes
 from hftl.publish.settings_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     HEAD_WEIGHTS,
     MODEL_CONFIG,
-    RECORD_FILE,
     AdapterConfig,
     ModelConfig,
     SettingsFile,
@@ -127,7 +127,7 @@ class AdapterFolder:
     @property
     def published_weights(self) -> dict[str, object]:
         """Return the sha256 of each file of tensors, where hftl has recorded it."""
-        return SettingsFile(self.json_files.get(RECORD_FILE, {})).get_mapping("weight_files")
+        return SettingsFile(self.json_files.get(PUBLISHED_FILE, {})).get_mapping("weight_files")
 
     @property
     def has_own_head(self) -> bool:
@@ -143,7 +143,7 @@ class AdapterFolder:
 
     def _get_record_section(self, name: str) -> SettingsFile:
         """Return a section of hftl.json, which may be damaged."""
-        record = SettingsFile(self.json_files.get(RECORD_FILE, {}))
+        record = SettingsFile(self.json_files.get(PUBLISHED_FILE, {}))
         return SettingsFile(record.get_mapping(name))
 
 
@@ -314,7 +314,7 @@ def _read_mapping(path: Path) -> dict[str, object] | str:
 
 def _read_shapes(opened: AdapterFolder) -> tuple[dict[str, tuple[int, ...]], list[Finding]]:
     """Return the shapes of all tensors, from the headers alone, and findings on damaged files."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     shapes: dict[str, tuple[int, ...]] = {}
     damaged: list[Finding] = []
@@ -324,13 +324,13 @@ def _read_shapes(opened: AdapterFolder) -> tuple[dict[str, tuple[int, ...]], lis
         damaged.append(defect("corrupt", what, name, "Save them as safetensors"))
     for name in opened.weight_files:
         try:
-            with safe_open(opened.path / name, "pt") as file:
-                if name != HEAD_WEIGHTS:
-                    shapes |= {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118
+            read = read_file_shapes(opened.path / name)
         except (SafetensorError, OSError) as error:
             what = f"does not open: {format_error_line(error)}"
             fix = "Save or fetch it again; it is cut short or damaged"
             damaged.append(defect("corrupt", what, name, fix))
+            continue
+        shapes |= read if name != HEAD_WEIGHTS else {}
     return shapes, damaged
 
 

@@ -16,7 +16,6 @@ import torch
 
 from hftl.doctor.adapter_folder import AdapterFolder, Examination, Finding, defect, format_names
 from hftl.doctor.renamed_modules import (
-    PREFIX,
     find_renamed_keys,
     get_module_path,
     has_old_names,
@@ -26,6 +25,7 @@ from hftl.errors import HftlError, format_error_line
 from hftl.models.architecture_spec import TOKEN_CLASSIFICATION
 from hftl.models.architectures import get_encoder_config
 from hftl.models.encoders import build_on_meta, get_encoder_class, get_task_class
+from hftl.models.lora_concat import PEFT_PREFIX
 from hftl.models.pairs import IMAGE_HALF_SUFFIX
 from hftl.models.source import BUILD_ERRORS, SourceModel
 from hftl.publish.settings_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -115,7 +115,7 @@ def count_saved_embeddings(folder: AdapterFolder, model_class: Any, config: Any)
     except ModelBuildError:
         return None
     path = next((name for name, module in model.named_modules() if module is table), None)
-    shape = folder.shapes.get(f"{PREFIX}{path}.weight")
+    shape = folder.shapes.get(f"{PEFT_PREFIX}{path}.weight")
     return shape[0] if shape else None
 
 
@@ -126,7 +126,7 @@ def count_outputs(folder: AdapterFolder, source: SourceModel, model_class: Any) 
     architecture = source.architecture_spec
     if model_class.__name__.endswith("ForTokenClassification"):
         architecture = architecture.for_task(TOKEN_CLASSIFICATION)
-    prefix = PREFIX if folder.is_adapter else ""
+    prefix = PEFT_PREFIX if folder.is_adapter else ""
     shape = folder.shapes.get(f"{prefix}{architecture.head.last_linear}.weight")
     return shape[0] if shape else None
 

@@ -32,10 +32,11 @@ from hftl.doctor.file_checks import (
 )
 from hftl.doctor.load_check import check_reload, check_uninitialized_weights, read_whole_model
 from hftl.errors import HftlError, HubError, RecipeError, RunFolderError
+from hftl.measure.record import PUBLISHED_FILE
 from hftl.models.source import SourceModel, find_source, hash_source_weights
 from hftl.publish.base_reference import BaseReference, resolve_base
 from hftl.publish.published_metadata import find_changed_weights
-from hftl.publish.settings_files import ADAPTER_CONFIG, MODEL_CONFIG, RECORD_FILE
+from hftl.publish.settings_files import ADAPTER_CONFIG, MODEL_CONFIG
 from hftl.runtime import finished_files
 
 
@@ -77,7 +78,8 @@ def check_published_weights(examination: Examination) -> Iterator[Finding]:
     if changed is not None:
         name, how = changed
         fix = (
-            f"Fetch or copy it again; if it is meant, remove {RECORD_FILE}: it is of other tensors"
+            f"Fetch or copy it again; if it is meant, remove {PUBLISHED_FILE}: it is of other "
+            "tensors"
         )
         yield defect("weights", how, name, fix)
 
@@ -178,7 +180,7 @@ def check_base_weights(examination: Examination) -> Iterator[Finding]:
     if folder.base_sha256 and hash_source_weights(source) != folder.base_sha256:
         what = f"{source.name} has other weights than it was trained on"
         fix = "Give the right base with --base, or pin the revision it was trained on"
-        yield defect("base-weights", what, RECORD_FILE, fix)
+        yield defect("base-weights", what, PUBLISHED_FILE, fix)
 
 
 def find_class_and_config(examination: Examination) -> list[Finding]:

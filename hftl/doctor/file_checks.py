@@ -24,13 +24,14 @@ from hftl.doctor.adapter_folder import (
 from hftl.doctor.adapter_tensors import count_outputs
 from hftl.doctor.renamed_modules import get_module_path
 from hftl.errors import format_error_line
+from hftl.measure.record import PUBLISHED_FILE
 from hftl.models.source import SourceModel
 from hftl.models.timm_architecture import TIMM_WRAPPER
 from hftl.publish.settings_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    CARD_FILE,
     MODEL_CONFIG,
-    RECORD_FILE,
     ModelConfig,
     SettingsFile,
 )
@@ -70,7 +71,7 @@ def check_file_types(examination: Examination) -> Iterator[Finding]:
 def check_settings(examination: Examination) -> Iterator[Finding]:
     """Report settings that make a loader run code, or read or write outside the folder."""
     for name, settings in examination.folder.json_files.items():
-        if name == RECORD_FILE or name.endswith(".index.json"):
+        if name == PUBLISHED_FILE or name.endswith(".index.json"):
             continue
         for key, value in _walk_items(settings):
             if _brings_code(key, value):
@@ -214,7 +215,6 @@ def check_trained(examination: Examination) -> Iterator[Finding]:
 # What should lie beside the weights.
 
 
-CARD_FILE = "README.md"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "vocab.txt",

@@ -14,7 +14,6 @@ from hftl.doctor.adapter_tensors import (
     map_adapter_keys,
 )
 from hftl.doctor.file_checks import (
-    CARD_FILE,
     EXTRA_TOKENIZER_FILES,
     PROCESSOR_FILES,
     TOKENIZER_FILES,
@@ -28,11 +27,12 @@ from hftl.doctor.renamed_modules import (
     shorten_targets,
 )
 from hftl.errors import RecipeError, format_error_line
+from hftl.measure.record import PUBLISHED_FILE
 from hftl.publish.settings_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    CARD_FILE,
     MODEL_CONFIG,
-    RECORD_FILE,
     drop_local_names,
 )
 from hftl.runtime import run_folder
@@ -134,8 +134,8 @@ def _rename_tensors(examination: Examination, names: dict[str, str]) -> str:
     published = examination.folder.published_weights
     if published.get(ADAPTER_WEIGHTS) in described:
         changed = {**published, ADAPTER_WEIGHTS: run_folder.hash_file(aside)}
-        record = _read_settings(examination, RECORD_FILE) | {"weight_files": changed}
-        _write_settings(examination, RECORD_FILE, record)
+        record = _read_settings(examination, PUBLISHED_FILE) | {"weight_files": changed}
+        _write_settings(examination, PUBLISHED_FILE, record)
     aside.rename(path)
     return f"{len(names)} tensors renamed in {ADAPTER_WEIGHTS}"
 

@@ -25,15 +25,16 @@ from hftl.doctor.adapter_folder import (
     warning,
 )
 from hftl.doctor.adapter_tensors import IGNORED_SETTINGS, ModelBuildError, translate_build_errors
-from hftl.doctor.renamed_modules import PREFIX
 from hftl.errors import RecipeError, format_error_line
+from hftl.measure.record import PUBLISHED_FILE
 from hftl.models.architectures import get_config_spec
 from hftl.models.config_limits import find_config_fault, find_size_fault
 from hftl.models.encoders import build_on_meta, has_prefix
 from hftl.models.heads import load_class
+from hftl.models.lora_concat import PEFT_PREFIX
 from hftl.models.source import SourceModel, read_tensor_shapes
 from hftl.publish.checks import measure_reload_difference
-from hftl.publish.settings_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG, RECORD_FILE
+from hftl.publish.settings_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG
 
 SEEDS = (20_010_101, 20_020_202)
 LOAD_TOLERANCE = 1e-5
@@ -143,7 +144,7 @@ def _check_sample(folder: AdapterFolder, source: SourceModel) -> list[Finding]:
     if difference <= LOAD_TOLERANCE:
         return []
     what = f"its logits differ by {difference:.2g} from those of the trained model"
-    return [defect("reload", what, RECORD_FILE, "Run the same `hftl run` again")]
+    return [defect("reload", what, PUBLISHED_FILE, "Run the same `hftl run` again")]
 
 
 def check_uninitialized_weights(examination: Examination) -> list[Finding]:
@@ -158,7 +159,7 @@ def check_uninitialized_weights(examination: Examination) -> list[Finding]:
         examination.unexamined.append(f"fresh modules: {error.what}")
         why = error.what.removeprefix("source.model: ")
         return [] if folder.is_adapter else [defect("config", why, MODEL_CONFIG, "Save it again")]
-    saved = {key.removeprefix(PREFIX) for key in folder.shapes} if folder.is_adapter else set()
+    saved = {key.removeprefix(PEFT_PREFIX) for key in folder.shapes} if folder.is_adapter else set()
     architecture = source.architecture_spec
     encoder = f"{architecture.encoder}."
     names = [

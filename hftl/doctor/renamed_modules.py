@@ -4,7 +4,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import product
 
-PREFIX = "base_model.model."
+from hftl.models.lora_concat import PEFT_PREFIX
+
 PARAMETER_MARK = re.compile(
     r"\.(lora_|ia3_|vera_|hada_|lokr_|oft_|boft_|weight$|bias$|modules_to_save|original_module)"
 )
@@ -33,7 +34,7 @@ OLD_NAMES = (
 
 def get_module_path(key: str) -> str:
     """Return the path of the module that a tensor of an adapter belongs to."""
-    inside = key.removeprefix(PREFIX)
+    inside = key.removeprefix(PEFT_PREFIX)
     mark = PARAMETER_MARK.search(inside)
     return inside[: mark.start()] if mark else inside
 

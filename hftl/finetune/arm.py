@@ -18,6 +18,7 @@ from transformers import TrainingArguments, set_seed
 from hftl.config.finetune import Finetune
 from hftl.data.rows import Row
 from hftl.data.splits import MEASURED_SPLITS
+from hftl.data.text_inputs import IGNORE_INDEX
 from hftl.errors import NumericError, RecipeError, format_error_line
 from hftl.finetune.arm_files import ArmOutput, collect_trained_tensors
 from hftl.finetune.context import ExperimentContext
@@ -342,7 +343,7 @@ def _compute_metrics(
     if not np.isfinite(outputs).all():
         raise NumericError("the outputs on validation are not finite", "Lower the learning rate")
     if context.prepared.task == "token-classification":
-        counted = labels != -100
+        counted = labels != IGNORE_INDEX
         whole = np.full((sum(context.prepared.count_words(rows)), outputs.shape[-1]), np.nan)
         whole[_mask_untruncated_words(context, rows)] = outputs[counted]
         outputs = whole

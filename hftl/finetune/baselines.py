@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from hftl.config.finetune import Finetune
-from hftl.config.measure import Search
+from hftl.config.measure import SEARCH_SHARE, Search
 from hftl.config.recipe import Arm
 from hftl.data.splits import MEASURED_SPLITS
 from hftl.errors import NumericError
@@ -27,8 +27,6 @@ from hftl.runtime.progress import show_activity
 from hftl.train.facts import ScratchSearch, TriedRate
 from hftl.train.step_checkpoint import CheckpointSpec
 
-SEARCH_SHARE = 1 / 3
-"""Each rate is tried at this share of scratch's own budget."""
 MAX_EXTRA_RATES = 2
 """Rates that are tried at most beyond those given."""
 WARMUP_SHARE = 0.1

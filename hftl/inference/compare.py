@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from hftl.measure.metrics import SELECTION_METRICS, Metric, find_metric
 from hftl.measure.scores import ComparedModel, compare_pair, score_with_interval
 from hftl.measure.verdict import format_gain
 from hftl.models.features import predict_logits
+from hftl.models.source import read_file_shapes
 from hftl.publish.published_metadata import PublishedMetadata
 from hftl.runtime.run_folder import write_text
 
@@ -188,13 +190,8 @@ def _score_models(
 
 def count_saved_parameters(folder: Path) -> int:
     """Count the parameters in a folder: of the adapter and its head, or of the whole model."""
-    from safetensors import safe_open
-
-    count = 0
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            count += sum(int(np.prod(file.get_slice(key).get_shape())) for key in file.keys())  # noqa: SIM118
-    return count
+    files = sorted(folder.glob("*.safetensors"))
+    return sum(math.prod(shape) for path in files for shape in read_file_shapes(path).values())
 
 
 def _format_comparison(models: list[ComparedModel], count: int) -> str:

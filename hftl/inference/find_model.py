@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hftl.errors import HftlError, RecipeError, RunFolderError, is_out_of_memory
+from hftl.measure.record import PUBLISHED_FILE
 from hftl.models.source import LOADING_ERRORS, describe_load_error, find_source, hash_source_weights
 from hftl.publish import reload_check
 from hftl.publish.base_reference import resolve_base
@@ -13,7 +14,6 @@ from hftl.publish.settings_files import (
     ADAPTER_CONFIG,
     HEAD_WEIGHTS,
     MODEL_CONFIG,
-    RECORD_FILE,
     AdapterConfig,
     ModelConfig,
 )
@@ -60,7 +60,7 @@ def find_published_folder(path: str | Path) -> Path:
             f"there is no folder {path}", "Give a run, a published folder, or a hub id owner/name"
         )
     if (folder / "recipe.yaml").exists():
-        if not (folder / "publish" / RECORD_FILE).exists():
+        if not (folder / "publish" / PUBLISHED_FILE).exists():
             raise RunFolderError(f"{path} is not finished", "Run the same command again")
         finished_files.check_finished_files(folder)
         return folder / "publish"
@@ -82,8 +82,8 @@ def _check_published_weights(folder: Path) -> None:
         file, how = changed
         raise RunFolderError(
             f"{paths.get_display_name(folder)}: {file} {how}",
-            f"Fetch or copy the folder again; if the change is meant, remove {RECORD_FILE}, which "
-            "describes other weights",
+            f"Fetch or copy the folder again; if the change is meant, remove {PUBLISHED_FILE}, "
+            "which describes other weights",
         )
 
 

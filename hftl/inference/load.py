@@ -23,15 +23,16 @@ from hftl.doctor.adapter_tensors import (
     list_adapter_tensors,
 )
 from hftl.doctor.file_checks import NUMBERED_LABEL, PROCESSOR_FILES, TOKENIZER_FILES
-from hftl.doctor.renamed_modules import PREFIX, get_module_path
+from hftl.doctor.renamed_modules import get_module_path
 from hftl.errors import RecipeError, RunFolderError
 from hftl.inference.find_model import wrap_loading_errors
 from hftl.models.architecture_spec import TOKEN_CLASSIFICATION, ArchitectureSpec
 from hftl.models.architectures import get_config_spec, get_hidden_size
 from hftl.models.encoders import get_stock_encoder, has_prefix
 from hftl.models.heads import get_placeholder_name
+from hftl.models.lora_concat import PEFT_PREFIX
 from hftl.models.quantization import build_quantization_config, check_quantization
-from hftl.models.source import find_source
+from hftl.models.source import find_source, read_file_shapes
 from hftl.publish import reload_check
 from hftl.publish.published_metadata import PublishedMetadata
 from hftl.publish.settings_files import ADAPTER_WEIGHTS, HEAD_WEIGHTS, MODEL_CONFIG, AdapterConfig
@@ -181,7 +182,7 @@ def add_adapter(base: IncompleteBase, model: Any, folder: Path, name: str) -> An
 
     name_of_folder = paths.get_display_name(folder)
     shapes = _read_adapter_shapes(folder)
-    saved = {key.removeprefix(PREFIX) for key in shapes}
+    saved = {key.removeprefix(PEFT_PREFIX) for key in shapes}
     missing = {key: what for key, what in base.missing.items() if key not in saved}
     _refuse_missing(base.folder, False, missing, name_of_folder)
     with wrap_loading_errors(folder), warnings.catch_warnings():
@@ -304,8 +305,6 @@ def _read_adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         RunFolderError: if there is no file of safetensors; a pickle is not opened.
     """
-    from safetensors import safe_open
-
     path, name = folder / ADAPTER_WEIGHTS, paths.get_display_name(folder)
     if not path.exists():
         pickle = (folder / "adapter_model.bin").exists()
@@ -314,5 +313,5 @@ def _read_adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
             + ("; adapter_model.bin is a pickle, which is not opened" if pickle else ""),
             f"Save the adapter as safetensors; or look closer: hftl doctor {name}",
         )
-    with wrap_loading_errors(folder), safe_open(path, "pt") as file:
-        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    with wrap_loading_errors(folder):
+        return read_file_shapes(path)

@@ -17,6 +17,7 @@ from hftl.analysis.drift import (
     jackknife_relational_kl,
 )
 from hftl.analysis.neighbours import (
+    NEIGHBOURS,
     JackknifeEstimate,
     compute_jackknife_interaction_variance,
     count_needed_neighbours,
@@ -46,8 +47,6 @@ from hftl.measure.statistics import (
 
 PRETRAINING_FIGURES = ("mlm_loss", "mae_loss", "backward")
 """The figures by the source's own heads, of general rows."""
-NEIGHBOURS = 10
-"""Nearest neighbours that are compared."""
 PROBE_BLOCKS = 10
 """Blocks that probes are fitted without: each costs as many fits as there are folds."""
 SEED_ERROR_FACTOR = 1.15

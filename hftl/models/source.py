@@ -28,18 +28,27 @@ from hftl.runtime import paths
 from hftl.runtime.run_folder import fingerprint, read_json
 
 
+def read_file_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Read the shapes of the tensors in a file of safetensors from its header, by their names.
+
+    Raises:
+        SafetensorError: if the file does not open.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+
+
 def read_tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Read the shapes of a checkpoint's tensors from the file headers.
+    """Read the shapes of a checkpoint's tensors.
 
     Raises:
         SafetensorError: if a file does not open.
     """
-    from safetensors import safe_open
-
     shapes: dict[str, tuple[int, ...]] = {}
     for path in sorted(folder.glob("model*.safetensors")):
-        with safe_open(path, "pt") as file:
-            shapes |= {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118
+        shapes |= read_file_shapes(path)
     return shapes
 
 
@@ -50,7 +59,7 @@ def read_tensor(folder: Path, name: str) -> Any:
 
     for path in sorted(folder.glob("model*.safetensors")):
         with safe_open(path, "pt") as file:
-            if name in file.keys():  # noqa: SIM118
+            if name in file.keys():
                 return file.get_tensor(name).to(torch.float32)
     return None
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from hftl.config.finetune import Finetune
+from hftl.config.measure import SEARCH_SHARE
 from hftl.config.recipe import Arm, Recipe
 from hftl.config.retain import Replay, Retain
 from hftl.data.splits import MEASURED_SPLITS
@@ -35,7 +36,6 @@ TIMED_ROWS = 32
 """Rows that a pass is timed on, at most."""
 TIMED_TOKENS = 1024
 """Tokens of them, at most, on a CPU, which is as busy with few as with many."""
-SEARCHED = 1 / 3
 TRAINER_BATCH = 8
 """Of TrainingArguments, where the recipe says nothing."""
 FINISH_SECONDS = 20.0
@@ -93,7 +93,7 @@ def estimate_arm(context: ExperimentContext, arm: Arm, recipe: Recipe, costs: Ro
     # What is tried to choose a rate or a weight is predicted on validation alone.
     rate = weight = 0.0
     if arm.spec.schedule == "rate_search":
-        tried = epochs * SEARCHED * (train * step + validation * costs.evaluate)
+        tried = epochs * SEARCH_SHARE * (train * step + validation * costs.evaluate)
         rate = tried + validation * costs.predict
     if arm.retain is not None and arm.retain.has_auto_weight:
         rows = validation + len(list_selection_rows(context))

@@ -12,6 +12,7 @@ from hftl.adapt.encoder_io import merge_encoder_state
 from hftl.adapt.guard import AdaptationFacts, GuardRule
 from hftl.adapt.language_model import find_clm_class, find_mlm_class, load_clm, load_mlm
 from hftl.adapt.mae import check_mae_architecture, compute_teacher_features, load_mae
+from hftl.analysis.neighbours import NEIGHBOURS
 from hftl.config.adapt import DEFAULT_TOLERANCES, Adapt
 from hftl.config.recipe import Recipe
 from hftl.data import image_inputs as canvases
@@ -30,8 +31,6 @@ from hftl.pipeline.corpora import GENERAL_SAMPLE, Corpus, load_canvases
 
 HELD_OUT_ROWS = 256
 """Blocks or pictures that a held-out loss is taken on, at most."""
-NEIGHBOURS = 10
-"""Nearest neighbours that are compared."""
 
 
 def check_objective(stage: Adapt, source: SourceModel) -> None:

@@ -14,7 +14,7 @@ from hftl.config.publish import Publish
 from hftl.config.recipe import Recipe
 from hftl.config.section import build_recipe_error
 from hftl.errors import HftlError, HoldError, HubError, RecipeError, RunFolderError
-from hftl.measure.record import Record
+from hftl.measure.record import PUBLISHED_FILE, Record
 from hftl.pipeline.amend import amend_record, render_adapted_base_files, render_amended_files
 from hftl.pipeline.publish_folder import render_amended_report
 from hftl.publish.checks import (
@@ -29,7 +29,7 @@ from hftl.publish.checks import (
 )
 from hftl.publish.http_retry import HubResponseError, retry_requests
 from hftl.publish.push import PushResult, PushTarget, RepoStateError, inspect_target, push_folder
-from hftl.publish.settings_files import ADAPTER_CONFIG, RECORD_FILE
+from hftl.publish.settings_files import ADAPTER_CONFIG
 from hftl.runtime import finished_files, run_folder
 
 MESSAGE = "Publish a model with the evidence of what its transfer was worth"
@@ -113,12 +113,12 @@ def preview_push(run: Path, words: frozenset[str] = frozenset()) -> PushPreview:
         RunFolderError: if there is no publish folder, or a file may not leave the machine.
     """
     folder = run / "publish"
-    if not (folder / RECORD_FILE).exists():
+    if not (folder / PUBLISHED_FILE).exists():
         raise RunFolderError(f"{run} has no publish folder", "Finish it with `hftl run`")
     base = run / "publish-base"
     files = _list_sizes(folder, words)
     base_files = _list_sizes(base, words) if base.exists() else []
-    record = Record.read_file(folder / RECORD_FILE)
+    record = Record.read_file(folder / PUBLISHED_FILE)
     verdict = record.verdict
     base_name = base.name if base_files else record.source.published_as
     if not (folder / ADAPTER_CONFIG).exists():

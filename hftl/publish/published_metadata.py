@@ -13,7 +13,8 @@ from hftl.config.data import Data, Task
 from hftl.data.facts import LabelType, TagScheme
 from hftl.errors import RunFolderError
 from hftl.measure.facts import LabelCurve
-from hftl.publish.settings_files import RECORD_FILE, read_json_mapping
+from hftl.measure.record import PUBLISHED_FILE
+from hftl.publish.settings_files import read_json_mapping
 from hftl.runtime import paths
 from hftl.runtime.run_folder import hash_file
 
@@ -165,13 +166,13 @@ class PublishedMetadata(PublishedPart):
         Raises:
             RunFolderError: naming the key that makes no sense.
         """
-        tree = read_json_mapping(folder / RECORD_FILE)
+        tree = read_json_mapping(folder / PUBLISHED_FILE)
         try:
             return cls.model_validate(tree)
         except ValidationError as error:
             name, (key, value) = paths.get_display_name(folder), _find_faulty_key(tree, error)
             raise RunFolderError(
-                f"{name} does not load: {RECORD_FILE} says {repr(value)[:40]} for {key}",
+                f"{name} does not load: {PUBLISHED_FILE} says {repr(value)[:40]} for {key}",
                 f"Look closer: hftl doctor {name}",
             ) from error
 

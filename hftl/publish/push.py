@@ -9,18 +9,17 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ValidationError
 
 from hftl.errors import HubError
+from hftl.measure.record import PUBLISHED_FILE
 from hftl.publish import http_retry
 from hftl.publish.checks import is_publishable
 from hftl.publish.http_retry import HubResponseError, UnknownOutcomeError, wrap_hub_errors
-from hftl.publish.settings_files import RECORD_FILE
+from hftl.publish.settings_files import CARD_FILE
 from hftl.runtime.paths import get_http_status
 from hftl.runtime.run_folder import hash_file
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
 
-CARD_FILE = "README.md"
-"""The one published file that the hub's own page may have created."""
 MAX_ATTEMPTS = 3
 """How often a commit is sent that does not land."""
 CONFLICT = 409
@@ -139,8 +138,9 @@ def holds_files(hashes: dict[str, str], digests: FileDigests) -> bool:
 
 def list_foreign_files(files: Collection[str]) -> list[str]:
     """Return the files that a push would replace or delete, where hftl has pushed none of them."""
-    if RECORD_FILE in files:
+    if PUBLISHED_FILE in files:
         return []
+    # The hub's own page may have created the card.
     return sorted(name for name in files if is_publishable(name) and name != CARD_FILE)
 
 
@@ -172,7 +172,7 @@ def check_visibility(repo_id: str, files: Collection[str]) -> None:
     Raises:
         RepoStateError: if hftl has not pushed there.
     """
-    if RECORD_FILE not in files:
+    if PUBLISHED_FILE not in files:
         raise RepoStateError(
             f"{repo_id} is public already, and the push was asked for as a private one",
             "Nothing was pushed. To let all see it: --public, or publish.private: false",

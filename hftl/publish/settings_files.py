@@ -15,7 +15,7 @@ from hftl.runtime.run_folder import UnreadableJsonError, read_json
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MODEL_CONFIG = "config.json"
-RECORD_FILE = "hftl.json"
+CARD_FILE = "README.md"
 HEAD_WEIGHTS = "head.safetensors"
 THRESHOLDS_KEY = "label_thresholds"
 """In config.json, the probability above which each label of several is predicted; transformers

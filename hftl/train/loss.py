@@ -12,13 +12,12 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers.trainer_pt_utils import find_batch_size
 
+from hftl.data.text_inputs import IGNORE_INDEX
 from hftl.errors import RecipeError
 from hftl.retain.regularizer import BATCH_METADATA, Batch
 from hftl.runtime.distributed import gather_values
 from hftl.train.weighted_loss import LossWeighting
 
-IGNORE_INDEX = -100
-"""The class id of an element without a label; among float targets it is NaN."""
 MANY_CLASSES = 1024
 """Number of classes from which cross-entropy is computed in chunks, to save memory."""
 ROWS_PER_CHUNK = 64

@@ -19,12 +19,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import seed_worker
 
-from hftl.data.text_inputs import EncodedRow
+from hftl.data.text_inputs import IGNORE_INDEX, EncodedRow
 from hftl.errors import RecipeError
 from hftl.models.features import batch_by_length
 from hftl.retain.regularizer import Batch, TrainingRows
 from hftl.train import hf_compat
-from hftl.train.loss import IGNORE_INDEX, drop_retention_keys
+from hftl.train.loss import drop_retention_keys
 
 BATCH_TOKENS = 4096
 BATCH_ROWS = 32
