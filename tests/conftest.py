@@ -58,6 +58,8 @@ def pytest_configure(config: pytest.Config) -> None:
     the start of its workers. It starts the server of reloads for all of them.
     """
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        # Until the first test runs: imports and collection make a million objects that all stay.
+        gc.disable()
         for name in ("support.command", "support.publishing", "support.examination"):
             config.pluginmanager.import_plugin(name)
     else:
@@ -99,6 +101,7 @@ def _freeze_imported_objects() -> None:
     """
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

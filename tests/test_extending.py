@@ -73,7 +73,7 @@ def use_extensions(folder: Path, fresh: FreshProcess) -> dict[str, Any]:
     write_csv(folder / "reviews.csv", ["text", "label"], sentences(160))
     script = TESTS / "support" / "extended.py"
     used = fresh.run(
-        [sys.executable, "-P", str(script), str(folder)],
+        [sys.executable, "-P", str(script), str(folder), fresh.address],
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(script.parent)])},
     )
     assert used.returncode == 0, used.stderr

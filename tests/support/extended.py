@@ -1,9 +1,10 @@
 """Use what the patches of tests/patches add to hftl, and print what came of each as JSON.
 
-    python tests/support/extended.py FOLDER        # with PYTHONPATH on a patched copy of hftl
+    python tests/support/extended.py FOLDER ADDRESS    # with PYTHONPATH on a patched copy of hftl
 
-FOLDER holds the table reviews.csv. Everything goes through a recipe and the command line, or what
-a user imports; the one run has the new architecture, metric, regularizer and strategy.
+FOLDER holds the table reviews.csv, ADDRESS is that of `fresh_process.py`. Everything goes through a
+recipe and the command line, or what a user imports; the one run has the new architecture, metric,
+regularizer and strategy.
 """
 
 import json
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 import yaml
+from fresh_process import FreshProcess
 from tiny import FIELDS, TEXT, save_tiny
 from typer.testing import CliRunner
 
@@ -99,4 +101,5 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    with FreshProcess(sys.argv[2]).in_use():
+        main(Path(sys.argv[1]))

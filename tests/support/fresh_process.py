@@ -7,6 +7,7 @@ so; importing peft and transformers anew for each of many runs would take much o
 tests. One server is enough for all workers of pytest-xdist.
 """
 
+import gc
 import json
 import os
 import runpy
@@ -46,7 +47,7 @@ class FreshProcess:
     """
 
     def __init__(self, address: str) -> None:
-        self._address = address
+        self.address = address
 
     def run(
         self, command: list[str], cwd: Path | None = None, env: dict[str, str] | None = None,
@@ -67,7 +68,7 @@ class FreshProcess:
         end = time.monotonic() + TIMEOUT_SECONDS
         while True:
             try:
-                return connection.connect(self._address)
+                return connection.connect(self.address)
             except (FileNotFoundError, ConnectionRefusedError):
                 if time.monotonic() > end:
                     raise
@@ -135,11 +136,15 @@ def serve(address: str) -> None:
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(address)
         server.listen()
+        gc.disable()
         import peft
         import transformers
 
         assert peft.PeftModel and transformers.AutoModelForSequenceClassification
         assert transformers.AutoImageProcessor and "hftl" not in sys.modules
+        # A collection in a child would walk through all of it, and copy the pages that it shares.
+        gc.freeze()
+        gc.enable()
         running: list[int] = []
         while sys.stdin not in select.select([server, sys.stdin], [], [])[0]:
             connection, _ = server.accept()

@@ -4,6 +4,7 @@ As a program: `two_processes.py FOLDER` writes the results of each rank to `FOLD
 `sharded` behind it, those of FSDP's ranks.
 """
 
+import gc
 import os
 import signal
 import sys
@@ -686,4 +687,6 @@ def end_with_error() -> None:
 
 
 if __name__ == "__main__":
+    # Every training ends with accelerate's gc.collect().
+    gc.freeze()
     (main_sharded if "sharded" in sys.argv else main)(Path(sys.argv[1]))
