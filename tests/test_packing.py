@@ -1,13 +1,15 @@
 """Compare encoders on packed rows with the same on padded batches, forward and backward."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.tiny import TEXT_MODELS, tiny_config
 from torch import Tensor, nn
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForSequenceClassification, TrainingArguments
 
+from hftl import TransferTrainer, prepare
 from hftl.models import packing
 from hftl.models.architecture_spec import TOKEN_CLASSIFICATION
 from hftl.models.architectures import ARCHITECTURES, get_config_spec
@@ -74,6 +76,47 @@ def test_packed_rows_give_the_outputs_and_gradients_of_a_padded_batch(
     block.register_forward_hook(lambda module, args, output: shapes.append(args[0].shape[:2]))
     assert_equal(packed.eval(), padded.eval(), build_batch())
     assert shapes == [(1, sum(LENGTHS))], "padding was computed"
+
+
+@pytest.mark.parametrize("strategy", ["full", "lora"])
+def test_a_model_of_ones_own_trains_packed_with_the_losses_of_the_padded_one(
+    strategy: str, tmp_path: Path
+) -> None:
+    changes = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    batch = build_batch() | {"labels": torch.tensor([0, 1, 1, 0])}
+    rows: Any = [{name: values[n] for name, values in batch.items()} for n in range(len(LENGTHS))]
+    losses, shapes = [], set()
+    for packs in (True, False):
+        torch.manual_seed(0)
+        config = tiny_config("bert", **changes)
+        attention = "sdpa" if packs else "eager"
+        stock: Any = AutoModelForSequenceClassification.from_config(
+            config, attn_implementation=attention
+        )
+        torch.manual_seed(1)
+        model = prepare(stock, strategy)
+        stock.bert.encoder.layer[0].register_forward_hook(
+            lambda module, args, output: shapes.add(tuple(args[0].shape[:2]))
+        )
+        args = TrainingArguments(
+            str(tmp_path), max_steps=4, logging_steps=1, per_device_train_batch_size=4,
+            learning_rate=1e-2, report_to="none", use_cpu=True, disable_tqdm=True,
+            save_strategy="no",
+        )  # fmt: skip
+        trainer = TransferTrainer(model, args, train_dataset=rows)
+        trainer.train()
+        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+    assert shapes == {(1, sum(LENGTHS)), (4, 7)}, "another attention than the usual one stays"
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4) and losses[0][0] != losses[0][-1]
+
+
+def test_a_packed_model_is_saved_as_the_stock_one(tmp_path: Path) -> None:
+    packed, padded = build_pair("bert")
+    packed.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert loaded.config._attn_implementation == "sdpa"
+    expected = padded.eval()(**build_batch()).logits
+    torch.testing.assert_close(loaded(**build_batch()).logits, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_token_types_and_the_mean_over_tokens() -> None:

@@ -14,7 +14,13 @@ from hftl.errors import RecipeError
 from hftl.finetune.strategies import FINETUNE_STRATEGIES, StrategySpec
 from hftl.models.architecture_spec import ArchitectureSpec
 from hftl.models.architectures import count_shared_layers
-from hftl.models.encoders import check_block_count, get_blocks, get_submodule, has_prefix
+from hftl.models.encoders import (
+    check_block_count,
+    get_blocks,
+    get_submodule,
+    has_prefix,
+    hide_padding,
+)
 from hftl.models.half_weights import hold_in_half
 from hftl.models.lora import add_lora
 from hftl.models.model_parts import (
@@ -39,6 +45,8 @@ def prepare(
     **keys: Any,
 ) -> nn.Module:
     """Set which parameters train under a strategy and return the model, wrapped for `lora`.
+
+    A text encoder then trains without padding on a CPU; but for rounding its outputs stay the same.
 
     Args:
         model: a stock sequence, token or image classification model of a supported architecture,
@@ -72,6 +80,7 @@ def prepare(
     # Unlike a recipe's, the adapter of a user's own script need not fit a public base.
     settings = {**DEFAULT_LORA, **(lora or {})}
     check_lora_values(settings, "finetune.lora")
+    hide_padding(model)
     return apply_strategy(model, finetune.model_copy(update={"lora": settings}), fresh)
 
 

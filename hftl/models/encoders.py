@@ -19,6 +19,7 @@ from hftl.models.architecture_spec import (
 )
 from hftl.models.architectures import ARCHITECTURES, get_config_spec
 from hftl.models.fused_block import FusedBlock, can_fuse
+from hftl.train.hf_compat import get_attention_implementation
 
 VERSION_FIX = "Use a transformers version in hftl's range"
 
@@ -201,11 +202,18 @@ def hide_padding(model: nn.Module) -> None:
                 continue  # a part of a vision-language model
             if not accepts_attention_mask(module):
                 _mix_in(module, _RunsByLength)
-            elif spec.packs and not getattr(module.config, "is_decoder", False):
+            elif _can_pack(module, spec):
                 module.set_attn_implementation(packing.NAME)
                 _mix_in(module, packing.PackedEncoder)
                 vars(module)["has_padding_offset"] = spec.has_padding_offset
                 _fuse_blocks(module, spec)
+
+
+def _can_pack(encoder: PreTrainedModel, spec: ArchitectureSpec) -> bool:
+    """Return whether an encoder packs; not with another attention, which its owner chose."""
+    is_decoder = getattr(encoder.config, "is_decoder", False)
+    attention = get_attention_implementation(encoder.config)
+    return spec.packs and attention in ("sdpa", packing.NAME) and not is_decoder
 
 
 def _fuse_blocks(encoder: PreTrainedModel, spec: ArchitectureSpec) -> None:
