@@ -132,7 +132,7 @@ def test_the_lesser_of_two_timings_counts(
 ) -> None:
     threads: list[int] = []
 
-    def time_passes(context: Any, arms: Any, models: Any) -> dict[str, PassTime]:
+    def time_passes(*_: Any) -> dict[str, PassTime]:
         # On a busy machine two threads wait for each other longer than one works alone.
         threads.append(torch.get_num_threads())
         seconds = 4.0 if threads[-1] == 2 else 1.5

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -34,7 +35,7 @@ from hftl.train.optimizer import compute_depths
 
 TIMED_ROWS = 32
 """Rows that a pass is timed on, at most."""
-TIMED_TOKENS = 1024
+TIMED_TOKENS = 512
 """Tokens of them, at most, on a CPU, which is as busy with few as with many."""
 TRAINER_BATCH = 8
 """Of TrainingArguments, where the recipe says nothing."""
@@ -157,72 +158,76 @@ def measure_costs(
         arms: those that are to run.
         threads: that the arms compute with on a CPU; None: as many as here.
     """
+    worked: dict[str, float] = {}
+    frozen: dict[str, float] = {}
+    elapsed = 0.0
+    # One model after the other, as the arms run: a run is not to hold more before than in them.
+    for arm in [arm for arm in arms if not arm.spec.is_solved] or arms[:1]:
+        timed = _time_arm(context, arm, threads or torch.get_num_threads(), is_first=not worked)
+        worked |= timed.worked
+        elapsed += timed.elapsed
+        frozen[arm.name] = timed.frozen
+    slowdown = elapsed / sum(worked.values())
+    return RowCosts(worked.pop(PREDICT), worked.pop(EVALUATE, 0.0), worked, slowdown, frozen)
+
+
+class _TimedArm(NamedTuple):
+    """Hold the least seconds that each kind of pass worked, the sum of those that went by in the
+    first timing, and the share of the blocks that the arm never changes."""
+
+    worked: dict[str, float]
+    elapsed: float
+    frozen: float
+
+
+def _time_arm(context: ExperimentContext, arm: Arm, threads: int, is_first: bool) -> _TimedArm:
+    """Time an arm's passes on a model of its own, twice on a busy machine."""
     usual = torch.get_num_threads()
-    used = threads or usual
-    models = _build_models(context, arms)
+    model = _build_timed_model(context, arm).to(context.device)
     try:
-        torch.set_num_threads(used)
-        rounds = [_time_passes(context, arms, models)]
+        torch.set_num_threads(threads)
+        rounds = [_time_passes(context, arm, model, is_first)]
         # Threads wait for each other while other programs use their cores, which counts as work;
         # one thread alone does not. What one takes bounds what several take.
         if context.device == "cpu" and _compute_slowdown(rounds[0]) > QUIET_SLOWDOWN:
             torch.set_num_threads(1)
-            rounds.append(_time_passes(context, arms, models))
+            rounds.append(_time_passes(context, arm, model, is_first))
     finally:
         torch.set_num_threads(usual)
     worked = {name: min(passes[name].worked for passes in rounds) for name in rounds[0]}
     elapsed = sum(passed.elapsed for passed in rounds[0].values())
-    slowdown = elapsed / sum(worked.values())
-    frozen = {name: _compute_frozen_share(model) for name, model in models.steps.items()}
-    return RowCosts(worked.pop(PREDICT), worked.pop(EVALUATE, 0.0), worked, slowdown, frozen)
+    frozen = 0.0 if arm.spec.is_solved else _compute_frozen_share(model)
+    return _TimedArm(worked, elapsed, frozen)
 
 
-@dataclass(frozen=True)
-class _TimedModels:
-    """Hold the model of predictions and evaluations, and those of the arms' steps by their name.
-
-    The first is that of the first arm's steps, where one trains.
-    """
-
-    plain: nn.Module
-    steps: Mapping[str, nn.Module]
-
-
-def _build_models(context: ExperimentContext, arms: Sequence[Arm]) -> _TimedModels:
-    """Build what is timed, on the device; gradual unfreezing with half the blocks to train."""
-    trained = {arm.name: arm for arm in arms if not arm.spec.is_solved}
-    device = context.device
-    steps = {name: _build_trained_model(context, arm).to(device) for name, arm in trained.items()}
-    if steps:
-        return _TimedModels(next(iter(steps.values())), steps)
-    return _TimedModels(context.build_model(arms[0].finetune.pooling, 0).model.to(device), steps)
-
-
-def _build_trained_model(context: ExperimentContext, arm: Arm) -> nn.Module:
+def _build_timed_model(context: ExperimentContext, arm: Arm) -> nn.Module:
+    """Build what an arm trains; gradual unfreezing with half the blocks to train."""
     finetune, spec = arm.finetune, arm.spec
+    if spec.is_solved:
+        return context.build_model(finetune.pooling, 0).model
+    built = context.build_model(finetune.pooling, 0, scratch=spec.is_baseline)
     if spec.schedule == "phases":
         half = max(1, count_blocks(context.source.config) // 2)
         finetune, spec = finetune.model_copy(update={"blocks": half}), STRATEGIES["partial"]
-    built = context.build_model(finetune.pooling, 0, scratch=arm.spec.is_baseline)
     return apply_strategy(built.model, finetune, built.fresh, spec)
 
 
 def _time_passes(
-    context: ExperimentContext, arms: Sequence[Arm], models: _TimedModels
+    context: ExperimentContext, arm: Arm, model: nn.Module, is_first: bool
 ) -> dict[str, PassTime]:
-    """Time each kind of pass once: predictions, evaluations, and the steps by the arm's name."""
-    trained = {arm.name: arm.finetune for arm in arms if not arm.spec.is_solved}
+    """Time each kind of pass once: an arm's steps by its name, predictions and evaluations.
+
+    The last two cost the same under all arms, and are timed with the first.
+    """
     passes: dict[str, PassTime] = {}
-    for name, finetune in trained.items():
-        batch, rows = _collate_batch(context, finetune)
-        with _hold_used_tokens(context, models.steps[name], finetune):
-            passed = time_step(models.steps[name], batch, finetune.training, context.device)
-        passes[name] = _divide_time(passed, rows)
-    for finetune in list(trained.values())[:1]:
-        batch, rows = _collate_batch(context, finetune)
-        passed = time_forward(models.plain, batch, finetune.training, context.device)
-        passes[EVALUATE] = _divide_time(passed, rows)
-    return passes | {PREDICT: _time_row_prediction(context, models.plain)}
+    if not arm.spec.is_solved:
+        batch, rows = _collate_batch(context, arm.finetune)
+        training, device = arm.finetune.training, context.device
+        with _hold_used_tokens(context, model, arm.finetune):
+            passes[arm.name] = _divide_time(time_step(model, batch, training, device), rows)
+        if is_first:
+            passes[EVALUATE] = _divide_time(time_forward(model, batch, training, device), rows)
+    return passes | ({PREDICT: _time_row_prediction(context, model)} if is_first else {})
 
 
 def _hold_used_tokens(
