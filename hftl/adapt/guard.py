@@ -17,7 +17,12 @@ from hftl.config.adapt import Method, Objective
 from hftl.data.facts import OpenPart
 from hftl.errors import NumericError
 from hftl.runtime.distributed import broadcast_from_main
-from hftl.train.checkpoint import CallbackState, StatefulCallback, iterate_trainable
+from hftl.train.checkpoint import (
+    CallbackState,
+    StatefulCallback,
+    copy_trainable,
+    iterate_trainable,
+)
 from hftl.train.facts import Number
 
 MAX_EXPONENT = 700.0
@@ -158,9 +163,7 @@ class GuardedCheckpoint(StatefulCallback):
             )
         self.history.append(now)
         if self.best is now and now.step:
-            self._weights = {
-                name: tensor.to("cpu", copy=True) for name, tensor in iterate_trainable(model)
-            }
+            copy_trainable(model, self._weights)
         if self.is_exhausted:
             control.should_training_stop = True
 

@@ -22,6 +22,8 @@ from hftl.runtime import distributed, watchdog
 from hftl.runtime.progress import track
 
 BATCH_TOKENS = 4096
+CPU_BATCH_TOKENS = 2048
+"""The same on a CPU, which is as busy with half of them: predictions hold the most of a run."""
 
 
 def compute_frozen_features(
@@ -112,7 +114,8 @@ def run_batches(
         NumericError: on every process, if a value is not finite.
     """
     model.eval()
-    batches = batch_by_length([inputs.length(row) for row in encoded], BATCH_TOKENS)
+    tokens = min(BATCH_TOKENS, CPU_BATCH_TOKENS) if device == "cpu" else BATCH_TOKENS
+    batches = batch_by_length([inputs.length(row) for row in encoded], tokens)
     computed: dict[int, np.ndarray] = {}
     is_finite = True
     # Not inference_mode: BEiT caches its table of positions, and training would reuse it.

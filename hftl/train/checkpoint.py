@@ -172,10 +172,7 @@ class BestWeightsCallback(StatefulCallback):
         enough = gained > self.least * abs(self.best or 0.0)
         if gained > 0:
             self.best, self.epoch = value, state.epoch
-            self.weights = {
-                name: to_local_shard(parameter).to("cpu", copy=True)
-                for name, parameter in iterate_trainable(model)
-            }
+            copy_trainable(model, self.weights)
         self.evaluations_without_gain = 0 if enough else self.evaluations_without_gain + 1
         if self.patience is not None and self.evaluations_without_gain >= self.patience:
             control.should_training_stop = True
@@ -195,6 +192,21 @@ class BestWeightsCallback(StatefulCallback):
         for name, parameter in iterate_trainable(model):
             if name in self.weights:
                 to_local_shard(parameter).copy_(self.weights[name])
+
+
+def copy_trainable(model: nn.Module, held: dict[str, Tensor]) -> None:
+    """Copy this process's part of all that trains into tensors on the CPU, by name.
+
+    Args:
+        model: what is copied from.
+        held: an earlier copy, whose memory serves again, or empty.
+    """
+    for name, tensor in iterate_trainable(model):
+        part = to_local_shard(tensor)
+        if name in held:
+            held[name].copy_(part)
+        else:
+            held[name] = part.to("cpu", copy=True)
 
 
 def gather_trainable_state(model: nn.Module, accelerator: Any) -> dict[str, Tensor]:
