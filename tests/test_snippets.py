@@ -1,10 +1,16 @@
 """Render the card's code for plain libraries."""
 
 import itertools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from PIL import ExifTags, Image
 
 from hftl.card.snippets import ModelFolder, render_plain_snippet
+from hftl.data.images import decode_image
 
 CASES = list(
     itertools.product(
@@ -40,6 +46,40 @@ def test_snippet_compiles_and_loads_the_right_thing(
     auto = "AutoModelForSequenceClassification" if pooling == "native" else "AutoModel"
     if not short:
         assert f"import {auto}, AutoTokenizer" in code and f" = {auto}.from_pretrained(" in code
+
+
+def test_texts_are_cut_as_they_were_for_the_figures() -> None:
+    for kind in ("text", "words"):
+        folder = ModelFolder("org/a", "org/base", None, "mean", 2, True, kind, '"A text."')
+        whole, cut = (render_plain_snippet(replace(folder, max_tokens=n)) for n in (None, 48))
+        assert "truncation" not in whole
+        assert cut.replace("truncation=True, max_length=48, ", "") == whole != cut
+    image = replace(folder, kind="image", max_tokens=None)
+    assert "truncation" not in render_plain_snippet(image)
+
+
+def test_pictures_are_read_as_they_were_for_the_figures(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    picture = Image.fromarray(draw.integers(0, 256, (6, 9, 4), np.uint8), "RGBA")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    palette = picture.convert("RGB").quantize(8)
+    for name, image, more in (
+        ("alpha.png", picture, {}), ("turned.png", picture.convert("RGB"), {"exif": exif}),
+        ("palette.png", palette, {"transparency": 3}), ("grey.png", picture.convert("LA"), {}),
+    ):  # fmt: skip
+        path = tmp_path / name
+        image.save(path, **more)
+        folder = ModelFolder("a", None, None, "native", 2, False, "image", repr(str(path)))
+        for prompt in (None, "What is it?"):
+            code = render_plain_snippet(replace(folder, prompt=prompt))
+            assert '.from_pretrained(path, backend="pil")' in code
+            imported = "from PIL import Image, ImageOps\n"
+            space: dict[str, Any] = {}
+            lines = code[code.index("picture = ") : code.index("inputs = ")]
+            assert imported in code and "picture, return_tensors" in code
+            exec(imported + lines, space)  # noqa: S102
+            assert space["picture"].tobytes() == decode_image(path, None, 100).tobytes(), name
 
 
 @pytest.mark.parametrize(("pooling", "other"), [("mean", "cls"), ("cls", "mean")])

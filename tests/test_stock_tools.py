@@ -111,11 +111,15 @@ def test_pipeline_snippet_of_the_card_gives_labels_and_scores(
     file.write_text(
         json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(base)})
     )
-    text = TEXTS[2]
-    (expected,) = load(made, base=base).predict([text])
-    code = render_pipeline_snippet(
-        ModelFolder(str(made), "org/base", None, "native", classes, True, "text", f'"{text}"')
+    # Words beyond the cut change nothing.
+    predictor = load(made, base=base)
+    cut = predictor.inputs.max_length  # pyright: ignore
+    text = f"{TEXTS[2]} " * cut
+    (expected,) = predictor.predict([text])
+    folder = ModelFolder(
+        str(made), "org/base", None, "native", classes, True, "text", f'"{text}"', max_tokens=cut
     )
+    code = render_pipeline_snippet(folder)
     assert code is not None
     exec(compile(code, "card", "exec"), {"__name__": "card"})  # noqa: S102
     printed = capsys.readouterr().out

@@ -91,6 +91,7 @@ def test_outputs_are_the_values_at_the_words(inputs: WordInputs) -> None:
     facts = inputs.summarize(make_rows(WORDS))
     assert facts["truncated"] == pytest.approx(1 / 3)
     assert facts["unknown_tokens"] == pytest.approx(1 / (9 + 6))
+    assert facts["max_tokens"] == max(map(inputs.length, encoded)) == inputs.max_length
 
 
 @pytest.mark.parametrize(

@@ -300,6 +300,7 @@ def _describe_folder(record: Record, place: str) -> ModelFolder:
         prompt=prompt,
         prefix=record.source.prefix_tokens,
         is_quantized=record.recipe.source.quantization is not None,
+        max_tokens=record.check.max_tokens,
     )
 
 

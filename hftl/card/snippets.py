@@ -15,7 +15,7 @@ PLAIN_TEMPLATE = """import torch
 path = {place}
 {reading}
 {load}
-{head}inputs = {inputs}
+{head}{picture}inputs = {inputs}
 with torch.inference_mode():
     {output}"""
 AUTO_PEFT_TEMPLATE = """from peft import {auto}
@@ -39,7 +39,8 @@ model = AutoPeftModelForSequenceClassification.from_pretrained(
     path, ignore_mismatched_sizes=True, **labels
 )
 tokenizer = AutoTokenizer.from_pretrained(path)
-print(pipeline("text-classification", model=model, tokenizer=tokenizer)({example}))"""
+classifier = pipeline("text-classification", model=model, tokenizer=tokenizer)
+print(classifier({example}{cut}))"""
 """`pipeline(model=path)` alone takes the labels of the base, or looks for its weights in the
 folder of the adapter."""
 
@@ -80,18 +81,22 @@ AUTO_PEFT_CLASSES = {
     "words": "AutoPeftModelForTokenClassification",
 }
 PREPROCESSORS = {
-    "text": ("AutoTokenizer", "tokenizer", 'tokenizer({example}, return_tensors="pt")'),
+    "text": ("AutoTokenizer", "tokenizer", 'tokenizer({example}, {cut}return_tensors="pt")'),
     "words": ("AutoTokenizer", "tokenizer",
-              'tokenizer({example}, is_split_into_words=True, return_tensors="pt")'),
+              'tokenizer({example}, {cut}is_split_into_words=True, return_tensors="pt")'),
     "image": ("AutoImageProcessor", "processor",
-              'processor(Image.open({example}).convert("RGB"), return_tensors="pt")'),
+              'processor(picture, return_tensors="pt")'),
 }  # fmt: skip
 
+PICTURE_LINES = """picture = ImageOps.exif_transpose(Image.open({example})).convert("RGBA")
+ground = Image.new("RGBA", picture.size, "white")
+picture = Image.alpha_composite(ground, picture).convert("RGB")
+"""
+"""Read a picture as `hftl.data.images` does: upright, with white behind transparency."""
 PROMPTED_PREPROCESSOR = (
     "AutoProcessor",
     'processor = AutoProcessor.from_pretrained(path, backend="pil")',
-    'processor(\n    text={text},\n    images=Image.open({example}).convert("RGB"), '
-    'return_tensors="pt",\n)',
+    'processor(\n    text={text},\n    images=picture, return_tensors="pt",\n)',
 )
 """Of a vision-language model."""
 HEAD_LINE = 'head = load_file(f"{{path}}/head.safetensors"{device})\n'
@@ -125,6 +130,7 @@ class ModelFolder:
         prompt: that of a vision-language model.
         prefix: tokens of a picture before those of its patches, where the head pools them.
         is_quantized: whether the base's weights are held in 4 bits.
+        max_tokens: after which a text was cut for every figure; None: nowhere.
     """
 
     place: str
@@ -140,11 +146,17 @@ class ModelFolder:
     prompt: str | None = None
     prefix: int = 0
     is_quantized: bool = False
+    max_tokens: int | None = None
 
     @property
     def is_pooled(self) -> bool:
         """Return whether the head is a file of its own, on a pooling of hftl's."""
         return self.pooling != "native"
+
+    @property
+    def cut(self) -> str:
+        """Return the arguments by which a tokenizer cuts a text where it was cut in training."""
+        return "" if self.max_tokens is None else f"truncation=True, max_length={self.max_tokens}"
 
     @property
     def has_public_base(self) -> bool:
@@ -159,8 +171,11 @@ def render_plain_snippet(folder: ModelFolder) -> str:
         return _render_auto_peft_snippet(folder)
     auto = _choose_class(folder)
     reader, reading, inputs = _render_input_lines(folder)
-    imports = "from PIL import Image\n" if folder.kind == "image" else ""
-    path, head = json.dumps(folder.place), ""
+    imports = picture = head = ""
+    if folder.kind == "image":
+        imports = "from PIL import Image, ImageOps\n"
+        picture = PICTURE_LINES.format(example=folder.example)
+    path = json.dumps(folder.place)
     if folder.is_pooled:
         imports += "from safetensors.torch import load_file\n"
         head = HEAD_LINE.format(device=', "cuda"' if folder.is_quantized else "")
@@ -172,7 +187,8 @@ def render_plain_snippet(folder: ModelFolder) -> str:
         place=path, auto=auto, imports=imports,
         reader=f"{reader}, BitsAndBytesConfig" if folder.is_quantized else reader,
         peft_import="from peft import PeftModel\n" if folder.is_adapter else "",
-        reading=reading, load=_render_load_lines(folder, auto), head=head, inputs=inputs,
+        reading=reading, load=_render_load_lines(folder, auto), head=head, picture=picture,
+        inputs=inputs,
         output=_render_output_lines(folder),
     )  # fmt: skip
 
@@ -190,11 +206,14 @@ def _choose_class(folder: ModelFolder) -> str:
 def _render_input_lines(folder: ModelFolder) -> tuple[str, str, str]:
     """Return the class that prepares inputs, the line that loads it, and its call."""
     reader, name, call = PREPROCESSORS[folder.kind]
-    reading, text = f"{name} = {reader}.from_pretrained(path)", ""
+    # The processors of torchvision, where that is installed, resize otherwise.
+    backend = ', backend="pil"' if folder.kind == "image" else ""
+    reading, text = f"{name} = {reader}.from_pretrained(path{backend})", ""
     if folder.prompt is not None:
         reader, reading, call = PROMPTED_PREPROCESSOR
         text = json.dumps(folder.prompt.replace(TEXT_PLACE, TEXT_EXAMPLE), ensure_ascii=False)
-    inputs = call.format(text=text, example=folder.example)
+    cut = f"{folder.cut}, " if folder.cut else ""
+    inputs = call.format(text=text, example=folder.example, cut=cut)
     if folder.is_quantized:
         inputs += '.to("cuda")'
     if folder.is_pooled and folder.architecture == "longformer":
@@ -223,7 +242,8 @@ def render_pipeline_snippet(folder: ModelFolder) -> str | None:
     takes_pipeline = folder.kind == "text" and '", "' not in folder.example
     if folder.is_pooled or folder.is_quantized or not (takes_pipeline and folder.has_public_base):
         return None
-    return PIPELINE_TEMPLATE.format(place=json.dumps(folder.place), example=folder.example)
+    cut = f", {folder.cut}" if folder.cut else ""
+    return PIPELINE_TEMPLATE.format(place=json.dumps(folder.place), example=folder.example, cut=cut)
 
 
 def _render_auto_peft_snippet(folder: ModelFolder) -> str:

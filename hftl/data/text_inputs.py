@@ -86,7 +86,8 @@ class TextInputs:
         self.tokenizer.save_pretrained(folder)
 
     def summarize(self, rows: list[Row]) -> dict[str, float]:
-        """Return median length in tokens, share of truncated rows and share of unknown tokens."""
+        """Return median and largest length in tokens, share of truncated rows and share of unknown
+        tokens."""
         encoding = self.tokenizer(*_list_columns(rows), truncation=False, verbose=False)
         return self._summarize_ids(encoding["input_ids"])
 
@@ -99,6 +100,7 @@ class TextInputs:
         unknown = sum(row.count(self.tokenizer.unk_token_id) for row in ids)
         return {
             "median_tokens": lengths[len(lengths) // 2],
+            "max_tokens": self.max_length,
             "truncated": sum(length > self.max_length for length in lengths) / len(lengths),
             "unknown_tokens": unknown / max(1, sum(lengths)),
         }

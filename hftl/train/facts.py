@@ -104,6 +104,8 @@ class CheckFacts(RecordPart):
     """What the faults that need features were sought on, in words."""
     baseline: BaselineCheck | None = None
     median_tokens: Number | None = None
+    max_tokens: int | None = None
+    """Tokens after which a text is cut; null in older records."""
     truncated: float | None = None
     """Share of texts that are cut."""
     unknown_tokens: float | None = None
