@@ -170,6 +170,8 @@ def test_a_worse_choice_and_a_missed_interval_are_wrong() -> None:
     outcome = judge(make_record(), section)["advice"]["outcome"]
     assert section.strategy == "head"
     assert not outcome["right"] and outcome["gap"] == pytest.approx(0.0213)
+    card = render(judge(make_record(), section))
+    assert "more than a point behind the best that ran, `lora` (0.021 of accuracy)." in card
     assert not next(row for row in outcome["strategies"] if row["strategy"] == "lora")["covered"]
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from hftl.analysis.advice_facts import AdviceSection
+from hftl.measure.advice_outcome import SCORE
 from hftl.measure.record import Record
 
 
@@ -12,7 +13,8 @@ def describe_advice(record: Record) -> str:
     if section is None:
         return ""
     own = record.recipe.finetune.strategy
-    return f"{_describe_forecast(section, own, str(record.own_arm))}{_describe_choice(section)}"
+    forecast = _describe_forecast(section, own, str(record.own_arm))
+    return forecast + _describe_choice(section, str(record.metric))
 
 
 def _describe_forecast(section: AdviceSection, strategy: str, own_arm: str) -> str:
@@ -54,14 +56,15 @@ def _format_settings(settings: Mapping[str, float | None]) -> str:
     return " and ".join(parts)
 
 
-def _describe_choice(section: AdviceSection) -> str:
+def _describe_choice(section: AdviceSection, metric: str) -> str:
     advised, outcome = f"The strategy advised was `{section.strategy}`", section.outcome
     if outcome is None:
         return f"{advised}."
     if outcome.gap is None:
         return f"{advised}; whether it is the best is open, as it or every other did not run."
     if section.strategy == outcome.best:
-        return f"{advised}, the best of those that ran."
+        return f"{advised}, the best of those that ran{'' if metric == SCORE else f' by {SCORE}'}."
     nearness = "within a point" if outcome.right else "more than a point"
     verb = "of" if outcome.right else "behind"
-    return f"{advised}, {nearness} {verb} the best that ran, `{outcome.best}` ({outcome.gap:.3f})."
+    gap = f"{outcome.gap:.3f} of {SCORE}"
+    return f"{advised}, {nearness} {verb} the best that ran, `{outcome.best}` ({gap})."

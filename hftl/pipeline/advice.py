@@ -51,8 +51,14 @@ def build_advice_section(
     recipe: Recipe, context: ExperimentContext, arms: Sequence[Arm], entries: Sequence[ArmEntry],
     analysis: AnalysisSection | None,
 ) -> AdviceSection:  # fmt: skip
-    """Return the record's section: the advice from training rows alone, and how right it was."""
+    """Return the record's section: the advice from training rows alone, and how right it was.
+
+    How right is a matter of points of accuracy, which the forecast is of: other tasks have none
+    that is worth the name, such as the share of words, most of which are outside of any entity.
+    """
     section = build_advice(recipe, context, analysis)
+    if context.prepared.task != "classification":
+        return section
     outcome = judge_advice(section, arms, entries)
     return section if outcome is None else section.model_copy(update={"outcome": outcome})
 
