@@ -25,6 +25,7 @@ from hftl.card.plots import plot_frontier, plot_ladder
 from hftl.card.report import render_report
 from hftl.card.wording import (
     build_forgetting_rows,
+    describe_arm,
     format_forgetting_sentence,
 )
 from hftl.measure.record import BaselineGain, Gain, Record
@@ -339,6 +340,18 @@ def test_card_describes_the_data() -> None:
     assert "What to know" not in render(make_record()) and "bad rows were" not in render(
         make_record()
     )
+
+
+def test_copies_of_pictures_are_the_same_pixels() -> None:
+    assert "12 duplicates were dropped (the same pixels)" in render(make_record(modality="image"))
+
+
+def test_arms_of_a_target_and_draws_of_other_sizes_are_named_as_they_are() -> None:
+    for task, words in (("classification", "most frequent answer"), ("regression", "mean of the")):
+        record = Record.parse(make_record(task=task))
+        assert describe_arm("majority", record).startswith(f"majority (always the {words}")
+    read = {"train_per_seed": 27, "train_spread": [25, 31], "total": 95}
+    assert "trained on 25 to 31 labelled rows a seed" in render(make_record(labels_read=read))
 
 
 @pytest.mark.parametrize(("own", "epochs"), [("lora", True), ("head", False)])

@@ -111,6 +111,9 @@ def test_the_section_says_how_often_sets_held() -> None:
     assert "like the 300 rows of validation (approximate, as validation also chose" in text
     grouped = render(make_record() | {"conformal": section.to_dict() | {"groups": 40}})
     assert "like the 300 rows of validation in 40 groups (approximate" in grouped
+    sure = make_record(own="head") | {"conformal": section.to_dict()}
+    sure["recipe"]["measure"]["seeds"], sure["published_seed"] = [0], 0
+    assert "like the 300 rows of validation: on test they held" in render(sure)
     few = measure_conformal((validation[0][:8], validation[1][:8]), test, "classification",
                             np.arange(300), None)  # fmt: skip
     assert [figure.coverage for figure in few.test] == [0.8]

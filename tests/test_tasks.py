@@ -3,6 +3,7 @@
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from hftl.measure.record import Record
 from hftl.measure.thresholds import fit_thresholds
 from hftl.models.features import predict_logits
 from hftl.pipeline import pipeline
+from hftl.pipeline.record_sections import build_data_section
 
 pytestmark = pytest.mark.usefixtures("fast_reload")
 
@@ -115,6 +117,8 @@ def test_run_reports_the_tasks_metric_and_tag(
     assert record.transfer_gain["ci95"] is not None
     card = (folder / "publish" / "README.md").read_text(encoding="utf-8")
     assert f"pipeline_tag: {tag}" in card
+    # Its outcome is of accuracy, here of whole sets of labels, or of words outside of entities.
+    assert record.advice is not None and record.advice.outcome is None
 
 
 @pytest.mark.slow
@@ -258,6 +262,17 @@ def test_multi_label_shots_hold_each_class_and_nest(tmp_path: Path) -> None:
     for name in ("sad", "warm"):
         assert sum(name in row.label for row in few) >= 5  # pyright: ignore
     assert len(few) <= 10
+
+
+def test_rows_of_two_labels_make_draws_of_other_sizes(tmp_path: Path) -> None:
+    prepared = prepare_moods(tmp_path, make_moods(120))
+    draws = {seed: prepared.draw_train_rows(9, seed) for seed in range(6)}
+    recipe = make_recipe(tmp_path, tmp_path / "moods.jsonl", MOODS, {}, {"seeds": [*draws]})
+    context: Any = SimpleNamespace(prepared=prepared, select_train_rows=draws.__getitem__)
+    read = build_data_section(recipe, context).labels_read
+    sizes = [len(rows) for rows in draws.values()]
+    assert read is not None and len(set(sizes)) > 1
+    assert (read.train_per_seed, read.train_spread) == (sizes[0], (min(sizes), max(sizes)))
 
 
 def test_rare_names_stay_in_train_with_their_group(tmp_path: Path) -> None:

@@ -183,10 +183,11 @@ def check_dropped_rows(run: PreflightContext) -> Iterator[str | Finding]:
     if facts.leaked:
         yield Finding(
             kind="leakage",
-            what=f"{count_noun(facts.leaked, 'input')} of train {choose_verb(facts.leaked, 'is')} "
-            "also in validation or test",
+            what=f"{count_noun(facts.leaked, 'row')} {choose_verb(facts.leaked, 'is')} in two of "
+            "the tables train, validation and test",
             confidence="certain",
-            fix=f"{'it was' if facts.leaked == 1 else 'they were'} dropped from train",
+            fix=f"{'it was' if facts.leaked == 1 else 'they were'} dropped from train, or from "
+            "validation where test has the other",
         )
     # A run folder may hold data that an older version prepared without these counts.
     if facts.contradictory_inputs:

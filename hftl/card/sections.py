@@ -33,7 +33,10 @@ def format_data_sentence(record: Record) -> str:
     read = data.labels_read
     assert read is not None
     noun = "words" if input_kind(record) == "words" else "rows"
-    trained = f"trained on {read.train_per_seed:,} labelled {noun} a seed"
+    count = f"{read.train_per_seed:,}"
+    if read.train_spread is not None:
+        count = "{:,} to {:,}".format(*read.train_spread)
+    trained = f"trained on {count} labelled {noun} a seed"
     if not record.recipe.finetune.spec.reads_labels:
         trained = "no label was used to make it"
     elif shots:
@@ -69,10 +72,10 @@ def format_data_lines(record: Record) -> list[str]:
     drawn = " before train was cut to `data.shots`" if record.recipe.data.shots else ""
     lines = [f"{_count_done(data.rows_read, 'row')} read{drawn}"]
     if data.duplicates:
-        dropped = "dropped (the same but for case, form and white space)"
-        lines.append(f"{_count_done(data.duplicates, 'duplicate')} {dropped}")
+        same = "pixels" if data.modality == "image" else "but for case, form and white space"
+        lines.append(f"{_count_done(data.duplicates, 'duplicate')} dropped (the same {same})")
     if data.leaked:
-        lines.append(f"{data.leaked:,} of these stood in train and in another table")
+        lines.append(f"{data.leaked:,} of these stood in two tables; the copy that measures stayed")
     if data.conflicting:
         why = "dropped because the same input had two labels"
         lines.append(f"{_count_done(data.conflicting, 'row')} {why}")

@@ -85,6 +85,7 @@ def _spell_invisible(character: str) -> str:
 
 
 SOURCE_ARM_PHRASE = "the same without adaptation"
+MEAN_ARM_PHRASE = "always the mean of the training targets"
 TASK_PHRASES = {"text": "sorts text into", "words": "tags words as", "image": "sorts pictures into"}
 
 
@@ -98,6 +99,8 @@ def describe_arm(arm: str, record: Record) -> str:
     words = STRATEGIES[arm].arm_words if arm in STRATEGIES else ""
     if not isinstance(words, str):
         words = words[input_kind(record)]
+    if arm == "majority" and record.data.task == "regression":
+        words = MEAN_ARM_PHRASE
     if arm == "source":
         words = SOURCE_ARM_PHRASE
     return f"{arm} ({words})" if words else escape_markup(arm)
@@ -220,7 +223,7 @@ def _format_stage_losses(stage: AdaptStage) -> str:
     unit = LOSS_UNITS[stage.objective]
     text = f"Loss {unit} on what was held out: {_format_loss_change(stage.loss)}"
     if stage.general is not None:
-        text += f"; on general data: {_format_loss_change(stage.general)}"
+        text += f"; on rows of general data {_format_loss_change(stage.general)}"
     if stage.kept == "original":
         text += f". What it started from was kept: {stage.why}"
     return text

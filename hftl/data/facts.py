@@ -124,6 +124,9 @@ class LabelCounts(RecordPart):
     """Count the labels that were read: of train by one seed, and in all."""
 
     train_per_seed: int
+    """Of the first seed."""
+    train_spread: tuple[int, int] | None = None
+    """The least and the most of any seed; null where all have as many."""
     total: int
 
 

@@ -33,18 +33,21 @@ def build_data_section(recipe: Recipe, context: ExperimentContext) -> DataFacts:
     """Return the data's facts, its name, and how many labels were read."""
     facts = context.prepared.facts
     draws = [context.select_train_rows(seed) for seed in recipe.measure.seeds]
+    count_words = context.prepared.count_words
+    read = [sum(count_words(rows)) for rows in draws]
+    spread = {} if min(read) == max(read) else {"train_spread": (min(read), max(read))}
     if any(stage.guard in (None, "probe") for stage in recipe.stages):
         draws.append(context.select_train_rows(recipe.data.seed))
     train = {row.content: row for rows in draws for row in rows}
     measured = [row for split in MEASURED_SPLITS for row in context.prepared.rows[split]]
-    count_words = context.prepared.count_words
     path = recipe.data.train.path
     return DataFacts.model_validate(
         facts.to_dict()
         | {
             "name": path if "train" in facts.hub_revisions else strip_parents(path),
             "labels_read": LabelCounts(
-                train_per_seed=sum(count_words(draws[0])),
+                train_per_seed=read[0],
+                **spread,
                 total=sum(count_words([*train.values(), *measured])),
             ),
         }
