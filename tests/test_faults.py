@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import BAD, FILLER, GOOD, sentences, write_csv
-from scipy.stats import chi2_contingency
+from scipy.stats import chi2_contingency, fisher_exact
 
 from hftl import Recipe
 from hftl.analysis.fingerprints import FINGERPRINT_CHECKS
@@ -19,7 +19,12 @@ from hftl.analysis.label_faults import (
     find_label_errors,
 )
 from hftl.analysis.label_maps import find_exchange, match_labels
-from hftl.analysis.row_faults import ROW_CHECKS, compare_shares
+from hftl.analysis.row_faults import (
+    ROW_CHECKS,
+    compare_shares,
+    compute_fisher_p,
+    compute_homogeneity_p,
+)
 from hftl.analysis.source_faults import READ_TOKENS, compare_readings, examine_rows, score_rows
 from hftl.analysis.tokenizer_faults import compare_embeddings, list_stems, shuffle_ids
 from hftl.config.data import Data, Table
@@ -113,6 +118,21 @@ def test_one_class_of_many_that_differs_much_is_seen_in_few_rows() -> None:
     assert compare_shares(train, np.array([8.0, *[6.0] * 9]), 1.0, 1.0) > 0.5
     # Rows of a group are alike: five of them count as one.
     assert compare_shares(train, test, 1.0, 0.2) > 0.001
+
+
+def test_both_tests_of_shares_are_those_of_scipy() -> None:
+    draw = np.random.default_rng(0)
+    for size in (3, 30, 3000):
+        for _ in range(20):
+            table = draw.integers(1, size, (2, 2))
+            expected: Any = fisher_exact(table)
+            assert compute_fisher_p(*table.ravel().tolist()) == pytest.approx(
+                expected.pvalue, rel=1e-6
+            )
+            counts = draw.integers(1, size, (2, 5)) * 0.7
+            tested: Any = chi2_contingency(counts, correction=False)
+            assert compute_homogeneity_p(counts) == pytest.approx(tested.pvalue)
+    assert compute_fisher_p(0, 0, 5, 7) == 1.0
 
 
 def test_near_pictures_are_known_after_the_rows_were_stored(tmp_path: Path) -> None:

@@ -4,9 +4,9 @@ A check takes recipe and rows and yields findings; it is one function in `ROW_CH
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
+from scipy import special
 
 from hftl.config.data import Table
 from hftl.config.recipe import Recipe
@@ -21,6 +21,8 @@ from hftl.train.facts import Finding
 MAX_PLACES = 3
 """Places that a finding names, at most."""
 LEVEL = 0.001
+LOG_TIE = 1e-7
+"""By how much logarithms of equal probabilities may differ."""
 MIN_SHIFT = 0.05
 """Share of the rows that would need another label, from which on shares of classes differ."""
 
@@ -105,11 +107,9 @@ def check_label_shares(recipe: Recipe, prepared: PreparedData) -> Iterator[Findi
         counts = count_labels(prepared, split)
         shares = train / train.sum(), counts / counts.sum()
         distance = float(np.abs(shares[0] - shares[1]).sum() / 2)
-        if distance < MIN_SHIFT:
-            continue  # The tests below import scipy.stats, which takes half a second.
         worths = [compute_worth(prepared.rows[part]) for part in ("train", split)]
         p_value = compare_shares(train, counts, worths[0], worths[1])
-        if p_value < LEVEL:
+        if p_value < LEVEL and distance >= MIN_SHIFT:
             worst = int(np.abs(shares[0] - shares[1]).argmax())
             yield Finding(
                 kind="label shift",
@@ -150,28 +150,48 @@ def compare_shares(
         first_worth: how many independent rows a row of the first is worth.
         second_worth: the same of the second.
     """
-    from scipy.stats import chi2_contingency
-
     present = first + second > 0
     if present.sum() < 2:
         return 1.0
     table = np.stack([first * first_worth, second * second_worth])[:, present]
-    result: Any = chi2_contingency(table, correction=False)
-    lesser = min(float(result.pvalue), table.shape[1] * _compare_single_classes(table))
+    lesser = min(compute_homogeneity_p(table), table.shape[1] * _compare_single_classes(table))
     return min(1.0, 2 * lesser)
+
+
+# scipy.stats has both tests; importing it takes half a second of every run.
+
+
+def compute_homogeneity_p(table: np.ndarray) -> float:
+    """Return the p-value of Pearson's test that the rows of counts (2, classes) are alike."""
+    expected = table.sum(1, keepdims=True) * table.sum(0) / table.sum()
+    statistic = ((table - expected) ** 2 / expected).sum()
+    return float(special.chdtrc(table.shape[1] - 1, statistic))
+
+
+def compute_fisher_p(first: int, second: int, first_others: int, second_others: int) -> float:
+    """Return the two-sided p-value of Fisher's exact test on four counts.
+
+    The sum of all tables of the same margins that are no more probable than this one.
+    """
+    of_first, of_second = first + first_others, second + second_others
+    drawn = first + second
+    counts = np.arange(max(0, drawn - of_second), min(drawn, of_first) + 1)
+    logs = _log_binomial(of_first, counts) + _log_binomial(of_second, drawn - counts)
+    logs -= special.logsumexp(logs)
+    return min(1.0, float(np.exp(logs[logs <= logs[first - counts[0]] + LOG_TIE]).sum()))
+
+
+def _log_binomial(total: int, chosen: np.ndarray) -> np.ndarray:
+    gammaln = special.gammaln
+    return gammaln(total + 1) - gammaln(chosen + 1) - gammaln(total - chosen + 1)
 
 
 def _compare_single_classes(table: np.ndarray) -> float:
     """Return the least p-value of a class against all others, in counts (2, classes)."""
-    from scipy.stats import fisher_exact
-
     counts = np.floor(table).astype(np.int64)
     others = counts.sum(1, keepdims=True) - counts
-    tests: list[Any] = [
-        fisher_exact([[int(a), int(b)], [int(c), int(d)]])
-        for (a, c), (b, d) in zip(counts.T, others.T, strict=True)
-    ]
-    return min(float(test.pvalue) for test in tests)
+    tables = np.stack([*counts, *others], 1).tolist()
+    return min(compute_fisher_p(*numbers) for numbers in tables)
 
 
 ROW_CHECKS: tuple[RowCheck, ...] = (
