@@ -27,11 +27,14 @@ from hftl.data.rows import InputSpec
 from hftl.data.splits import hash_row
 from hftl.finetune.pretraining_heads import (
     MASK_PROBABILITY,
+    embed_compared_rows,
+    embed_source,
     find_source_classes,
     measure_pretraining_heads,
 )
 from hftl.finetune.trainable import prepare
 from hftl.measure.forgetting import ForgettingSpec, measure_forgetting
+from hftl.models import features
 from hftl.models.heads import LoadedModel
 
 pytestmark = pytest.mark.usefixtures("fast_reload")
@@ -257,3 +260,26 @@ def test_run_reports_heads_in_record_and_card(
     (line,) = [line for line in (tmp_path / "run/publish/README.md").read_text("utf-8").splitlines()
                if words in line]  # fmt: skip
     assert f"| {figure['before']:.3f} | {figure['after']:.3f} |" in line
+
+
+def test_the_source_is_compared_by_the_features_that_a_run_has(
+    tmp_path: Path, tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = build_context_with_general(build_tree(tmp_path, tiny_model("bert")))
+    built = context.build_model("mean", 0)
+    expected = embed_compared_rows(context, built)
+    context.extract_features("mean", 0, context.prepared.rows["test"])
+    passed: list[int] = []
+    compute = features.compute_frozen_features
+
+    def count(model: Any, last: Any, encoded: list[Any], *more: Any) -> Any:
+        passed.append(len(encoded))
+        return compute(model, last, encoded, *more)
+
+    for module in ("hftl.finetune.context", "hftl.finetune.pretraining_heads"):
+        monkeypatch.setattr(f"{module}.compute_frozen_features", count)
+    embeddings = embed_source(context, 0)
+    assert passed == [len(context.general.eval_rows)], "test passes no second time"
+    assert embeddings.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_allclose(embeddings[name], values, atol=1e-5, err_msg=name)

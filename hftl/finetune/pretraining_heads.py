@@ -369,10 +369,18 @@ def embed_rows(context: ExperimentContext, loaded: LoadedModel, rows: list[Row])
 def embed_source(context: ExperimentContext, seed: int) -> dict[str, np.ndarray]:
     """Return `embed_compared_rows` of the source as it is.
 
+    Of texts that is what a head on frozen features reads, which a run has of test already.
+
     Args:
         context: of the source as it is.
         seed: of weights above the encoder that the checkpoint lacks.
     """
     pooling = get_source_pooling(context.source)
     model = build_model(context.source, "regression", pooling, 1, [], seed)
-    return embed_compared_rows(context, model)
+    if context.prepared.modality == "image" or not _embeds_by_features(context, model):
+        return embed_compared_rows(context, model)
+    embeddings = {
+        part: context.extract_features(pooling, seed, rows)
+        for part, rows in select_compared_rows(context).items()
+    }
+    return embeddings | measure_pretraining_heads(context, model)
