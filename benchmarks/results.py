@@ -9,15 +9,19 @@ A run's figures go to benchmarks/results/<run's name>.json; then the blocks betw
 import json
 import re
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
+from transformers import CONFIG_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 from hftl import console
 from hftl.card.wording import format_adaptation_sentence, has_forgetting
 from hftl.measure.record import Record
 from hftl.measure.verdict import format_gain
+from hftl.models.architectures import ARCHITECTURES, READ_AS, UNHEADED
+from hftl.models.pairs import PAIRS
 from hftl.publish.sanitize import sanitize_record
 from hftl.runtime.run_folder import to_json
 
@@ -97,6 +101,8 @@ def render_block(name: str) -> str:
                 "|---|---|---|---|---|---|"]  # fmt: skip
         rows += [_format_index_row(run, path) for run, path in INDEX.items()]
         return "\n".join(rows)
+    if name == "sources":
+        return "\n".join(_format_sources())
     if name == "families":
         return f"```\n{_format_families()}\n```"
     if name == "speed-short":
@@ -123,6 +129,35 @@ def _format_index_row(run: str, path: str) -> str:
     adapted = record.adapt and record.adapt.gain
     share = "" if adapted is None else format_gain(adapted)
     return f"| `{path}` | {record.own_arm} | {score} | {worth} | {share} | {decision} |"
+
+
+def _format_sources() -> list[str]:
+    """Return a table of the architectures that load, a row for each way to pool and to adapt."""
+    alike: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for name in sorted([*ARCHITECTURES, *UNHEADED, *READ_AS]):
+        alike[_describe_source(name)].append(f"`{name}`")
+    return [
+        "| reads | `finetune.pooling` | `adapt.objective` | transformers' model type |",
+        "|---|---|---|---|",
+        *(f"| {' | '.join(how)} | {', '.join(names)} |" for how, names in sorted(alike.items())),
+    ]
+
+
+def _describe_source(name: str) -> tuple[str, str, str]:
+    """Return what a model type reads, how it is pooled, and how it is adapted, from its spec."""
+    known = READ_AS.get(name, name)
+    spec = (ARCHITECTURES | UNHEADED)[known]
+    poolings = ["native"] if known in ARCHITECTURES else []
+    if spec.reads_prompt:
+        return "a picture and a prompt", "last", "none"
+    if spec.modality == "text":
+        objective = "clm" if spec.is_causal else "mlm"
+        has_class = spec.is_causal or CONFIG_MAPPING[known] in MODEL_FOR_MASKED_LM_MAPPING
+        poolings += ["mean"] if spec.is_causal else ["mean", "cls"]
+        return "text", ", ".join(poolings), objective if has_class else "none"
+    poolings += ["cls", "mean", "cls+mean"] if spec.prefix_tokens else []
+    poolings += ["embedding"] if known in PAIRS else []
+    return "pictures", ", ".join(poolings), "none" if spec.masked_images is None else "mae"
 
 
 def _format_families() -> str:

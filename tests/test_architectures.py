@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import bench_of, pictures
 from safetensors.torch import save_file
-from support.tiny import IMAGE_SIZE, TEXT, is_image, save_tiny, tiny_config
+from support.tiny import IMAGE_SIZE, TEXT, draw_images, is_image, save_tiny, tiny_config
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -91,7 +91,7 @@ def build_stock(name: str, changes: dict[str, Any], task: str = CLASSIFICATION) 
 
 def make_batch(name: str, side: int = IMAGE_SIZE) -> dict[str, torch.Tensor]:
     if is_image(name):
-        return {"pixel_values": torch.rand(2, 3, side, side)}
+        return draw_images(name, 2, side)
     ids = torch.tensor([[2, 7, 9, 3]])
     masked = accepts_attention_mask(get_encoder_class(tiny_config(name)))
     return {"input_ids": ids} | ({"attention_mask": torch.ones_like(ids)} if masked else {})
@@ -196,7 +196,8 @@ def test_the_longest_text_fits_and_a_longer_one_does_not(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "patch"), [("vit", 8), ("swin", 4), ("clip", 8), ("siglip", 8), ("dinov2", 8)]
+    ("name", "patch"),
+    [("vit", 8), ("swin", 4), ("clip", 8), ("siglip", 8), ("dinov2", 8)],
 )
 def test_sizes_of_images_and_patches(name: str, patch: int) -> None:
     config = tiny_config(name)

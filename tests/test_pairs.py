@@ -11,7 +11,7 @@ import transformers
 from conftest import bench_of, pictures
 from PIL import Image
 from safetensors import safe_open
-from support.tiny import tiny_config, tiny_processor, tiny_tokenizer
+from support.tiny import draw_images, tiny_config, tiny_processor, tiny_tokenizer
 from support.training import perturb
 from transformers import AutoTokenizer
 
@@ -33,7 +33,11 @@ from hftl.pipeline import pipeline
 
 pytestmark = pytest.mark.usefixtures("fast_reload")
 
-CLASSES = {"clip": "CLIPModel", "siglip": "SiglipModel", "metaclip_2": "MetaClip2Model"}
+CLASSES = {
+    "clip": "CLIPModel", "siglip": "SiglipModel", "siglip2": "Siglip2Model",
+    "metaclip_2": "MetaClip2Model",
+}  # fmt: skip
+SIGLIPS = ("siglip", "siglip2")
 TEMPLATES = ["a {} film", "this is {}"]
 WORDS = {"dark": "sad and dull", "light": "bright"}
 
@@ -48,13 +52,13 @@ def save_pair(name: str, folder: Path) -> Path:
     torch.manual_seed(0)
     pair = getattr(transformers, CLASSES[name])(tiny_config(name))
     perturb(pair, 0.2)
-    if name == "siglip":
+    if name in SIGLIPS:
         with torch.no_grad():
             pair.logit_scale.fill_(2.0)
             pair.logit_bias.fill_(-3.0)
     pair.save_pretrained(folder)
     tiny_tokenizer(folder)
-    tiny_processor(folder)
+    tiny_processor(folder, name)
     return folder
 
 
@@ -80,8 +84,9 @@ def stock_logits(context: ExperimentContext, rows: list[Any]) -> np.ndarray:
     """Return the pair's own logits, its texts averaged by class as by hand."""
     source = context.source
     pair: Any = getattr(transformers, CLASSES[source.model_type]).from_pretrained(source.folder)
-    tokenizer = AutoTokenizer.from_pretrained(source.folder)
-    siglip = source.model_type == "siglip"
+    # SigLIP2 was trained with padding on the right; its tokenizer's class pads on the left.
+    tokenizer = AutoTokenizer.from_pretrained(source.folder, padding_side="right")
+    siglip = source.model_type in SIGLIPS
     padding: Any = {"padding": "max_length", "max_length": 40} if siglip else {"padding": True}
     batch = context.inputs.collate([dict(row) for row in context.encode_rows(rows)])
     classes, images = [], None
@@ -89,7 +94,7 @@ def stock_logits(context: ExperimentContext, rows: list[Any]) -> np.ndarray:
         ids = tokenizer([t.format(words) for t in TEMPLATES], return_tensors="pt", **padding)
         names = ("input_ids",) if siglip else ("input_ids", "attention_mask")
         with torch.no_grad():
-            output = pair.eval()(pixel_values=batch["pixel_values"], **{n: ids[n] for n in names})
+            output = pair.eval()(**batch, **{n: ids[n] for n in names})
         mean = output.text_embeds.mean(0)
         classes.append(mean / mean.norm())
         images = output.image_embeds
@@ -120,9 +125,9 @@ def test_zero_shot_logits_are_the_pairs_own(
     )
     # KL compares the same logits.
     head = load_zero_shot_head(context, finetune)
-    pixels: Any = context.inputs.collate([dict(row) for row in encoded])["pixel_values"]
+    batch: Any = context.inputs.collate([dict(row) for row in encoded])
     with torch.no_grad():
-        pooled = model.encoder(pixel_values=pixels).pooler_output
+        pooled = model.encoder(**batch).pooler_output
         np.testing.assert_allclose(head(pooled).numpy(), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -138,6 +143,9 @@ def test_zero_shot_logits_are_the_pairs_own(
         ("metaclip_2", "partial", {"retain": {"kl": {"on": "relational"}}}),
         pytest.param("metaclip_2", "lora", {}, marks=pytest.mark.slow),
         ("siglip", "zero_shot", {"measure": {"arms": ["majority"]}}),
+        pytest.param(
+            "siglip2", "lora", {"measure": {"arms": ["zero_shot", "head"]}}, marks=pytest.mark.slow
+        ),
     ],
 )  # fmt: skip
 def test_runs_are_published_without_the_text_half(
@@ -207,7 +215,7 @@ def test_what_is_intended_trains_and_the_rest_does_not_move(
     built = build_embedding_model(source, 2, 0)
     model = prepare(built.model, strategy, blocks=1, fresh=built.fresh)
     starts = TRAINED.get(strategy, ())
-    if name == "siglip" and strategy == "partial":
+    if name in SIGLIPS and strategy == "partial":
         starts = (*starts, "encoder.head.")
     for path, parameter in model.named_parameters():
         is_lora = ".lora_" in path and ".encoder.layers." in path
@@ -220,7 +228,7 @@ def test_what_is_intended_trains_and_the_rest_does_not_move(
     optimizer = torch.optim.SGD(trained, lr=0.1)
     for step in range(2):
         torch.manual_seed(step)
-        logits = model(pixel_values=torch.randn(4, 3, 32, 32)).logits
+        logits = model(**draw_images(name, 4)).logits
         torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1, 0, 1])).backward()
         optimizer.step()
         optimizer.zero_grad()

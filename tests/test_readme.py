@@ -21,8 +21,7 @@ from typer.testing import CliRunner
 from hftl.cli import app
 from hftl.config import overrides
 from hftl.config.recipe import Recipe
-from hftl.models.architectures import ARCHITECTURES, READ_AS, UNHEADED_ENCODERS
-from hftl.models.vision_language_architectures import VISION_LANGUAGE
+from hftl.models.architectures import ARCHITECTURES, READ_AS, UNHEADED
 
 pytestmark = pytest.mark.usefixtures("fast_reload")
 
@@ -197,20 +196,16 @@ def test_every_command_is_named() -> None:
 
 def test_the_list_of_sources_is_that_of_the_specs() -> None:
     page = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
-    block = re.search(r"<!-- sources -->\n(.*?)<!-- end -->", page, re.DOTALL)
-    specs = ARCHITECTURES | UNHEADED_ENCODERS
-    names = sorted([*specs, *READ_AS])
-    kinds = {name: specs[READ_AS.get(name, name)].modality for name in names}
-    lists = {
-        kind: ", ".join(f"`{name}`" for name in names if kinds[name] == kind)
-        for kind in ("text", "image")
-    }
-    prompted = ", ".join(f"`{name}`" for name in sorted(VISION_LANGUAGE))
-    expected = (
-        f"- reads text: {lists['text']}\n- reads images: {lists['image']}\n"
-        f"- reads pictures with a prompt: {prompted}\n"
-    )
-    assert block and block[1] == expected, f"recipes/README.md: write\n{expected}"
+    block = re.search(r"<!-- results:sources -->\n(.*?)<!-- end -->", page, re.DOTALL)
+    assert block
+    rows = [line.strip("| ").split(" | ") for line in block[1].splitlines()[2:]]
+    listed = {name: row[:3] for row in rows for name in re.findall(r"`([\w-]+)`", row[3])}
+    assert sorted(listed) == sorted([*ARCHITECTURES, *UNHEADED, *READ_AS])
+    assert listed["bert"] == ["text", "native, mean, cls", "mlm"]
+    assert listed["llama"] == ["text", "native, mean", "clm"]
+    assert listed["dinov2"] == ["pictures", "native, cls, mean, cls+mean", "mae"]
+    assert listed["siglip2"] == ["pictures", "native, embedding", "none"]
+    assert listed["llava"] == ["a picture and a prompt", "last", "none"]
 
 
 @pytest.mark.slow

@@ -36,7 +36,7 @@ TEXTS = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "albert", 
 DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3", "starcoder2",
             "modernbert-decoder", "eurobert")  # fmt: skip
 IMAGES = ("vit", "vit_mae", "deit", "beit", "dinov2", "dinov2_with_registers", "swin", "clip",
-          "siglip", "resnet", "regnet", "convnext", "convnextv2",
+          "siglip", "resnet", "regnet", "convnext", "convnextv2", "siglip2",
           "pvt_v2", "swinv2", "hiera")  # fmt: skip
 MASKED = ("bert", "albert", "distilbert", "electra", "modernbert", "deberta-v2", "beit", "swin")
 FAST = [

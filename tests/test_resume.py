@@ -126,6 +126,16 @@ def assert_same(one: ArmOutput, other: ArmOutput) -> None:
         assert all(np.array_equal(values, theirs[name]) for name, values in ours.items())
 
 
+def check_stopped_training(context: ExperimentContext, finetune: Finetune, folder: Path) -> None:
+    """Stop an arm after its third step, let it go on, and compare with one without a stop."""
+    checkpoints = CheckpointSpec(folder / "steps", KEY, every=1)
+    expected = train_arm(context, finetune, 0)
+    with stop_after(3):
+        train_arm(context, finetune, 0, checkpoints=checkpoints)
+    assert find_checkpoint(folder / "steps", KEY) is not None
+    assert_same(train_arm(context, finetune, 0, checkpoints=checkpoints), expected)
+
+
 @pytest.fixture(scope="module")
 def whole(context: ExperimentContext) -> Callable[..., ArmOutput]:
     """`whole(strategy, **training)`: the output of an arm that was never stopped."""

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from support.tiny import CAUSAL_MODELS, IMAGE_SIZE, is_image
+from support.tiny import CAUSAL_MODELS, draw_images, is_image
 from torch import nn
 
 from hftl.config.section import Source
@@ -36,7 +36,7 @@ TEXT = [
     "bert", "roberta", "distilbert", "albert", "deberta-v2", "modernbert", "megatron-bert",
     "nomic_bert", "big_bird", "eurobert", *CAUSAL_MODELS,
 ]  # fmt: skip
-IMAGES = ["vit", "vit_mae", "beit", "dinov2", "swin", "swinv2", "clip", "siglip"]
+IMAGES = ["vit", "vit_mae", "beit", "dinov2", "swin", "swinv2", "clip", "siglip", "siglip2"]
 
 
 def build(
@@ -50,7 +50,7 @@ def build(
 def make_batch(name: str) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     if is_image(name):
-        return {"pixel_values": torch.rand(4, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)}
+        return draw_images(name, 4, generator=generator)
     ids = torch.randint(5, 30, (4, 6), generator=generator)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 

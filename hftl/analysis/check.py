@@ -82,7 +82,8 @@ def check_image_sizes(run: PreflightContext) -> Iterator[str]:
             f"{sizes['enlarged']:.0%} of the pictures are smaller than {sizes['image_size']:.0f} "
             "pixels and are enlarged; a smaller data.image_size would be faster"
         )
-    if sizes["elongated"] > MAX_ELONGATED:
+    assert isinstance(run.inputs, ImageInputs)
+    if sizes["elongated"] > MAX_ELONGATED and not run.inputs.keeps_shape:
         yield (
             f"{sizes['elongated']:.0%} of the pictures are more than twice as long as wide; the "
             "source's processor crops or squeezes them"

@@ -110,7 +110,7 @@ def _normalize_by(inputs: ImageInputs, normalization: Normalization) -> ImageInp
         "image_mean": list(normalization.mean), "image_std": list(normalization.std),
     }  # fmt: skip
     processor = type(inputs.processor).from_dict(settings)
-    return ImageInputs(inputs.data, processor, inputs.arguments, inputs.patch_size)
+    return inputs.with_processor(processor)
 
 
 def _swap_channels(inputs: ImageInputs, rows: list[Row], encode: Encode) -> Iterator[Reading]:

@@ -64,7 +64,8 @@ EMBEDDING_LINES = (
     '    print(embedding @ head["weight"].T + head["bias"])'
 )
 IMAGE_HALF_CLASSES = {
-    "clip": "CLIPVisionModel", "siglip": "SiglipVisionModel", "metaclip_2": "MetaClip2VisionModel",
+    "clip": "CLIPVisionModel", "siglip": "SiglipVisionModel", "siglip2": "Siglip2VisionModel",
+    "metaclip_2": "MetaClip2VisionModel",
 }  # fmt: skip
 """Of pairs of an image and a text encoder: the class of the image half."""
 AUTO_CLASSES = {

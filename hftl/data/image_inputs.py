@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ baseline must be the stronger one to be fair, though it takes about five times a
 """
 STAGE_PATCH = 16
 """Patches of encoders that begin with smaller ones and merge them are counted as of this side."""
-PIXELS_FILE, KEYS_FILE = "pixels.npy", "keys.json"
+PIXELS_FILE, KEYS_FILE, SIZES_FILE = "pixels.npy", "keys.json", "sizes.npy"
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ class ImageInputs:
     patch_size: int
     _canvases: dict[str, np.ndarray] = field(default_factory=dict)
     _normalize: Callable[[Tensor], Tensor] = field(init=False)
+    keeps_shape: ClassVar[bool] = False
+    """The processor neither crops pictures nor squeezes them."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_normalize", build_normalizer(self.processor))
@@ -81,7 +83,11 @@ class ImageInputs:
 
     def with_data(self, data: Data) -> "ImageInputs":
         """Return the same inputs for images of other tables, without a cache."""
-        return ImageInputs(data, self.processor, self.arguments, self.patch_size)
+        return type(self)(data, self.processor, self.arguments, self.patch_size)
+
+    def with_processor(self, processor: Any) -> "ImageInputs":
+        """Return the same inputs under a processor of other settings, without a cache."""
+        return type(self)(self.data, processor, self.arguments, self.patch_size)
 
     @property
     def forward_facts(self) -> dict[str, bool | str] | None:
@@ -95,17 +101,22 @@ class ImageInputs:
 
     @property
     def canvas_side(self) -> int:
-        """Return the side of a canvas, in pixels."""
+        """Return the side of a canvas, in pixels; where they are no squares, of one as large."""
         return get_image_size(self.processor)
 
+    @property
+    def cache_shape(self) -> tuple[int, ...]:
+        """Return the shape of what is stored of an image: of its canvas, or of its bytes."""
+        return 3, self.canvas_side, self.canvas_side
+
     def draw_canvas(self, image: Image.Image) -> np.ndarray:
-        """Return what is cached of an image: (3, side, side) uint8."""
+        """Return what is cached of an image: (3, height, width) uint8."""
         return resize_and_crop(self.processor, image)
 
-    def stack_canvases(self, rows: list[Row]) -> np.ndarray:
-        """Return the canvases of rows, (rows, 3, side, side) uint8."""
+    def get_canvases(self, rows: list[Row]) -> list[np.ndarray]:
+        """Return the canvases of rows, each (3, height, width) uint8."""
         self._fill_canvases(rows)
-        return np.stack([self._canvases[row.content[0]] for row in rows])
+        return [self._canvases[row.content[0]] for row in rows]
 
     def _fill_canvases(self, rows: list[Row]) -> None:
         missing = [row for row in rows if row.content[0] not in self._canvases]
@@ -119,7 +130,7 @@ class ImageInputs:
     def length(self, encoded: EncodedRow) -> int:
         """Return the patches of an image, the cost of its forward pass."""
         patch = self.patch_size if self.patch_size >= STAGE_PATCH // 2 else STAGE_PATCH
-        return max(1, get_image_size(self.processor) // patch) ** 2
+        return max(1, self.canvas_side // patch) ** 2
 
     def collate(self, rows: list[EncodedRow]) -> dict[str, Tensor]:
         """Return normalized float32 pixels (batch, 3, height, width); labels as in `TextInputs`.
@@ -142,12 +153,11 @@ class ImageInputs:
     def summarize(self, rows: list[Row]) -> dict[str, float]:
         """Return median side in pixels, share of enlarged images and share of long narrow ones."""
         sizes = np.array([row.size for row in rows], dtype=float)
-        image_size = get_image_size(self.processor)
         ratio = sizes.max(1) / sizes.min(1)
         return {
             "median_side": float(np.median(sizes.min(1))),
-            "image_size": image_size,
-            "enlarged": float(np.mean(sizes.max(1) < image_size)),
+            "image_size": self.canvas_side,
+            "enlarged": float(np.mean(sizes.max(1) < self.canvas_side)),
             "elongated": float(np.mean(ratio > 2)),
         }
 
@@ -208,11 +218,12 @@ def random_crop_and_flip(pixels: Tensor, seed: int, epoch: int, key: bytes) -> T
     """Return a random crop, resized back, and mirrored with probability 1/2.
 
     It is a function of its arguments alone: workers, processes and the global generator do not
-    matter. The area is uniform, and the logarithm of the ratio is uniform among what fits into the
-    square, where `torchvision.transforms.RandomResizedCrop` draws again until a crop fits.
+    matter. The area is uniform, and the logarithm of the ratio, as a share of the image's own, is
+    uniform among what fits into the image, where `torchvision.transforms.RandomResizedCrop` draws
+    again until a crop fits.
 
     Args:
-        pixels: (3, side, side) uint8, on the CPU.
+        pixels: (3, height, width) uint8, on the CPU.
         seed: the arm's seed.
         epoch: from 0.
         key: identifies the image.
@@ -223,15 +234,16 @@ def random_crop_and_flip(pixels: Tensor, seed: int, epoch: int, key: bytes) -> T
     digest = hashlib.blake2b(f"{seed} {epoch} ".encode() + key, digest_size=7).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest))
     draw = torch.rand(5, generator=generator, dtype=torch.float64).tolist()
-    side = pixels.shape[-1]
+    whole_height, whole_width = pixels.shape[-2:]
     area = CROP_AREA[0] + draw[0] * (CROP_AREA[1] - CROP_AREA[0])
     ratio = min(MAX_ASPECT_RATIO, 1 / area) ** (2 * draw[1] - 1)
-    height = min(side, round(side * math.sqrt(area / ratio)))
-    width = min(side, round(side * math.sqrt(area * ratio)))
-    top = int(draw[2] * (side - height + 1))
-    left = int(draw[3] * (side - width + 1))
+    height = min(whole_height, round(whole_height * math.sqrt(area / ratio)))
+    width = min(whole_width, round(whole_width * math.sqrt(area * ratio)))
+    top = int(draw[2] * (whole_height - height + 1))
+    left = int(draw[3] * (whole_width - width + 1))
     crop = pixels[None, :, top : top + height, left : left + width]
-    resized = functional.interpolate(crop, (side, side), mode="bilinear", antialias=True)[0]
+    size = whole_height, whole_width
+    resized = functional.interpolate(crop, size, mode="bilinear", antialias=True)[0]
     return resized.flip(-1) if draw[4] < 0.5 else resized
 
 
@@ -240,18 +252,20 @@ def to_tensor(value: EncodedValue) -> Tensor:
     return value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
 
 
-def compute_pixel_features(canvases: Tensor, side: int = BASELINE_IMAGE_SIZE) -> Tensor:
+def compute_pixel_features(
+    canvases: Iterable[np.ndarray], side: int = BASELINE_IMAGE_SIZE
+) -> np.ndarray:
     """Return the images at side x side for the classical baseline; each pixel averages an area.
 
     Args:
-        canvases: (images, 3, height, width) uint8.
+        canvases: each (3, height, width) uint8.
         side: in pixels.
 
     Returns:
         (images, 3 * side * side) float32 in 0..1.
     """
-    parts = [functional.adaptive_avg_pool2d(part.float(), side) for part in canvases.split(256)]
-    return torch.cat(parts).flatten(1) / 255
+    pooled = [functional.adaptive_avg_pool2d(to_tensor(c).float(), side) for c in canvases]
+    return (torch.stack(pooled).flatten(1) / 255).numpy()
 
 
 def fingerprint_image_cache(inputs: ImageInputs, rows: Iterable[Row]) -> dict[str, str]:
@@ -265,26 +279,37 @@ def fingerprint_image_cache(inputs: ImageInputs, rows: Iterable[Row]) -> dict[st
 def write_image_cache(inputs: ImageInputs, rows: list[Row], folder: Path) -> None:
     """Resize every row's image once and write them as one array of bytes.
 
+    Beside canvases of several shapes, padded to a common number of bytes, stand their sizes.
+
     Raises:
         DataError: if an image cannot be read any more.
     """
     distinct = list({row.content[0]: row for row in rows}.values())
-    side = inputs.canvas_side
     canvases = np.lib.format.open_memmap(
-        folder / PIXELS_FILE, "w+", dtype=np.uint8, shape=(len(distinct), 3, side, side)
+        folder / PIXELS_FILE, "w+", dtype=np.uint8, shape=(len(distinct), *inputs.cache_shape)
     )
     reserve_space(folder / PIXELS_FILE)
+    sizes = np.zeros((len(distinct), 2), dtype=np.int64)
     places = {row.content[0]: number for number, row in enumerate(distinct)}
     with open_bar("pictures", len(distinct)) as advance:
         results = inputs.map_images(distinct, inputs.draw_canvas)
         for number, (row, pixels) in enumerate(results, 1):
-            canvases[places[row.content[0]]] = pixels
+            place = places[row.content[0]]
+            canvases[place].reshape(-1)[: pixels.size] = pixels.reshape(-1)
+            sizes[place] = pixels.shape[1:]
             advance(number)
     canvases.flush()
+    if canvases.ndim == 2:
+        np.save(folder / SIZES_FILE, sizes)
     (folder / KEYS_FILE).write_text(json.dumps(list(places)), encoding="utf-8")
 
 
 def load_image_cache(folder: Path) -> dict[str, np.ndarray]:
     """Return the pixels of a cache by the images' hashes; they stay on the disk until read."""
     keys = json.loads((folder / KEYS_FILE).read_text(encoding="utf-8"))
-    return dict(zip(keys, np.load(folder / PIXELS_FILE, mmap_mode="r"), strict=True))
+    pixels = np.load(folder / PIXELS_FILE, mmap_mode="r")
+    if pixels.ndim == 2:
+        sizes = np.load(folder / SIZES_FILE).tolist()
+        pairs = zip(pixels, sizes, strict=True)
+        pixels = [flat[: 3 * h * w].reshape(3, h, w) for flat, (h, w) in pairs]
+    return dict(zip(keys, pixels, strict=True))

@@ -1,5 +1,6 @@
 """Split what the source's own image processor does into a canvas and the arithmetic after it."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -76,17 +77,67 @@ def resize_and_crop(processor: Any, image: Image.Image) -> np.ndarray:
     Raises:
         RecipeError: if the processor does more than resize and crop.
     """
-    settings = processor.to_dict()
-    off = {switch: False for switch in ARITHMETIC_SWITCHES if switch in settings}
-    pixels = np.asarray(processor(image, return_tensors="np", **off)["pixel_values"][0])
     side = get_image_size(processor)
-    if pixels.dtype != np.uint8 or pixels.shape != (3, side, side):
+    return _check_canvas(processor, _run_without(ARITHMETIC_SWITCHES, processor, image), side, side)
+
+
+def resize_to_patches(processor: Any, image: Image.Image) -> np.ndarray:
+    """Return the image resized in its own shape to whole patches, not yet normalized.
+
+    Args:
+        processor: transformers' image processor that cuts pictures into patches.
+        image: in RGB.
+
+    Returns:
+        A canvas, (3, height, width) uint8, of at most `max_num_patches` patches.
+
+    Raises:
+        RecipeError: if the processor does more than resize.
+    """
+    pixels = _run_without(ARITHMETIC_SWITCHES, processor, image)
+    return _check_canvas(processor, pixels, *pixels.shape[1:])
+
+
+def _run_without(switches: tuple[str, ...], processor: Any, image: Any, **more: Any) -> np.ndarray:
+    """Return the processor's pixels of an image with some of its switches off, (3, height, width).
+
+    Patches are put together again.
+    """
+    settings = processor.to_dict()
+    off = {switch: False for switch in switches if switch in settings}
+    outputs = processor(image, return_tensors="np", **off, **more)
+    pixels = np.asarray(outputs["pixel_values"][0])
+    if makes_patches(processor):
+        return join_patches(pixels, outputs["spatial_shapes"][0])
+    return pixels
+
+
+def _check_canvas(processor: Any, pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    if pixels.dtype != np.uint8 or pixels.shape != (3, height, width):
         raise RecipeError(
             f"{_describe_processor(processor)} makes {pixels.dtype} {pixels.shape} of a picture, "
-            f"not uint8 {(3, side, side)}",
+            f"not uint8 {(3, height, width)}",
             "Choose a source whose processor only resizes, crops and normalises",
         )
     return np.ascontiguousarray(pixels)
+
+
+def makes_patches(processor: Any) -> bool:
+    """Return whether a processor cuts pictures of any shape into patches, as NaFlex's does."""
+    return "max_num_patches" in processor.to_dict()
+
+
+def join_patches(patches: np.ndarray, grid: np.ndarray) -> np.ndarray:
+    """Return the picture that patches are of, (3, height, width).
+
+    Args:
+        patches: (at least rows * columns, side * side * 3), row by row.
+        grid: rows and columns.
+    """
+    rows, columns = map(int, grid)
+    side = math.isqrt(patches.shape[1] // 3)
+    parts = patches[: rows * columns].reshape(rows, columns, side, side, 3)
+    return parts.transpose(4, 0, 2, 1, 3).reshape(3, rows * side, columns * side)
 
 
 def build_normalizer(processor: Any) -> Callable[[Tensor], Tensor]:
@@ -104,10 +155,10 @@ def build_normalizer(processor: Any) -> Callable[[Tensor], Tensor]:
     # Each channel holds its values in another place, so that swapped channels are noticed.
     ramp = np.stack([np.roll(np.arange(256), 85 * channel) for channel in range(3)])
     ramp = ramp.reshape(3, 16, 16).astype(np.uint8)
-    settings = processor.to_dict()
-    off = {switch: False for switch in CANVAS_SWITCHES if switch in settings}
-    batch = processor(ramp, input_data_format="channels_first", return_tensors="np", **off)
-    expected = np.asarray(batch["pixel_values"][0], dtype=np.float64)
+    more: dict[str, Any] = {"patch_size": 1} if makes_patches(processor) else {}
+    expected = _run_without(
+        CANVAS_SWITCHES, processor, ramp, input_data_format="channels_first", **more
+    ).astype(np.float64)
     if expected.shape != ramp.shape:
         raise _build_affine_error(processor)
     low, high = expected[ramp == 0], expected[ramp == 255]

@@ -9,6 +9,7 @@ weights; CLASS the class of transformers. What no file holds is drawn from SEED.
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -52,12 +53,24 @@ def build_fixed_input(model: Any) -> dict[str, torch.Tensor]:
         )
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     inner = getattr(config, "vision_config", config)
+    if hasattr(inner, "num_patches"):
+        return _build_patches(inner.num_patches, inner.num_channels * inner.patch_size**2)
     size = getattr(inner, "image_size", ANY_SIDE)
     sides = size if isinstance(size, (list, tuple)) else (size, size)
     channels = getattr(inner, "num_channels", 3)
     shape = (ROWS, channels, *sides)
     count = ROWS * channels * sides[0] * sides[1]
     return {"pixel_values": torch.arange(count).float().mul(0.7).sin().reshape(shape)}
+
+
+def _build_patches(count: int, values: int) -> dict[str, torch.Tensor]:
+    """Return two square images as SigLIP2 reads them, of so many patches of so many values."""
+    pixels = torch.arange(ROWS * count * values).float().mul(0.7).sin()
+    return {
+        "pixel_values": pixels.reshape(ROWS, count, values),
+        "pixel_attention_mask": torch.ones(ROWS, count, dtype=torch.int64),
+        "spatial_shapes": torch.full((ROWS, 2), math.isqrt(count)),
+    }
 
 
 if __name__ == "__main__":

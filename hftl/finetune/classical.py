@@ -23,7 +23,6 @@ from hftl.train.facts import TrainingFacts
 
 CS = np.logspace(-2, 4, 7)
 ALPHAS = np.logspace(-3, 3, 7)
-PIXEL_BATCH = 256
 
 
 def solve_classical(
@@ -134,14 +133,8 @@ def _drop_picture(row: Row) -> Row:
 
 
 def _extract_pixels(context: ExperimentContext, rows: list[Row]) -> np.ndarray:
-    """Return downsampled pixels, computed a few images at a time."""
-    parts = [rows[start : start + PIXEL_BATCH] for start in range(0, len(rows), PIXEL_BATCH)]
-    return np.concatenate(
-        [
-            compute_pixel_features(torch.from_numpy(context.stack_canvases(part))).numpy()
-            for part in parts
-        ]
-    )
+    """Return downsampled pixels."""
+    return compute_pixel_features(context.get_canvases(rows))
 
 
 def _vectorize_texts(parts: Sequence[list[Row]]) -> tuple[list[Any], dict[str, torch.Tensor]]:

@@ -24,6 +24,7 @@ from hftl.data.general import GeneralData
 from hftl.data.image_inputs import ImageInputs, augment_image
 from hftl.data.image_processing import get_image_size, resize_processor
 from hftl.data.labels import check_label_keys, encode_targets
+from hftl.data.patched_inputs import PatchedInputs, limit_patches
 from hftl.data.prepare import PreparedData
 from hftl.data.rows import InputSpec, Row
 from hftl.data.splits import hash_row
@@ -239,10 +240,10 @@ class ExperimentContext:
             labels = [build_ignored_labels(target_row, dict(row)) for row in encoded]
         return EncodedDataset(encoded, labels, [hash_row(row) for row in rows], None)
 
-    def stack_canvases(self, rows: list[Row]) -> np.ndarray:
-        """Return the images as the encoder sees them, (rows, 3, height, width) uint8."""
+    def get_canvases(self, rows: list[Row]) -> list[np.ndarray]:
+        """Return the images as the encoder sees them, each (3, height, width) uint8."""
         assert isinstance(self.inputs, ImageInputs)
-        return self.inputs.stack_canvases(rows)
+        return self.inputs.get_canvases(rows)
 
     def group_outputs(self, rows: list[Row]) -> np.ndarray | None:
         """Return a group name for each output, equal within a group or a row of words; None
@@ -449,7 +450,11 @@ def build_image_inputs(
             "Use a source model of 3 channels",
         )
     patch = get_patch_size(source.config)
-    processor = resize_processor(load_image_processor(source, data.image_size), data.image_size)
+    pinned = pin_revisions(data, revisions)
+    processor = load_image_processor(source, data.image_size)
+    if source.architecture_spec.image_sizes == "patches":
+        return PatchedInputs(pinned, limit_patches(processor, data.image_size), {}, patch)
+    processor = resize_processor(processor, data.image_size)
     side = get_image_size(processor)
     if side % patch:
         below = side // patch * patch
@@ -460,7 +465,7 @@ def build_image_inputs(
         )
     arguments = build_position_arguments(source.config, side)
     _check_native_size(source, side)
-    return ImageInputs(pin_revisions(data, revisions), processor, arguments, patch)
+    return ImageInputs(pinned, processor, arguments, patch)
 
 
 def pin_revisions(data: Data, revisions: dict[str, str | None]) -> Data:

@@ -8,6 +8,7 @@ import numpy as np
 from hftl.config.data import TEXT_PLACE, Data, Table
 from hftl.data.image_inputs import ImageInputs
 from hftl.data.image_processing import get_image_size
+from hftl.data.patched_inputs import PatchedInputs
 from hftl.data.prompted_inputs import PromptedInputs
 from hftl.data.text_inputs import TextInputs, WordInputs
 from hftl.doctor.file_checks import NUMBERED_LABEL
@@ -169,11 +170,11 @@ def _build_inputs(
             else _load_processor(AutoImageProcessor, folder, backend="pil")
         )
         data = Data(train=Table(path="."), max_pixels=published.max_pixels)
-        side = get_image_size(processor)
-        inputs = ImageInputs(
-            data, processor, build_position_arguments(config, side), get_patch_size(config)
-        )
-        return inputs, [published.train.image]
+        columns, patch = [published.train.image], get_patch_size(config)
+        if get_config_spec(config).image_sizes == "patches":
+            return PatchedInputs(data, processor, {}, patch), columns
+        arguments = build_position_arguments(config, get_image_size(processor))
+        return ImageInputs(data, processor, arguments, patch), columns
     inputs_class = WordInputs if task == "token-classification" else TextInputs
     tokenizer: Any = _load_processor(AutoTokenizer, folder)
     complete_padding(tokenizer, config)

@@ -11,7 +11,6 @@ from torch import nn
 
 from hftl.data.facts import Modality
 from hftl.data.image_inputs import ImageInputs
-from hftl.data.image_processing import resize_and_crop
 from hftl.data.images import (
     ImageDecodeError,
     decode_image,
@@ -222,7 +221,7 @@ def encode_image(
         raise DataError(f"{place}{shown}: {error}", "Correct it") from error
     if isinstance(inputs, PromptedInputs):
         return inputs.encode_picture(image, text), read_levels(image)
-    return {"pixel_values": resize_and_crop(inputs.processor, image)}, read_levels(image)
+    return {"pixel_values": inputs.draw_canvas(image)}, read_levels(image)
 
 
 def _split_pair(place: str, value: Any) -> tuple[Any, str]:

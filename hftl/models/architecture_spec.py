@@ -94,7 +94,8 @@ class ArchitectureSpec:
             registers. 0: the stock class alone pools it.
         patch_size: the config's key for the side of an image patch; None: sides of any length.
         image_sizes: the encoder takes images of the config's size only (`fixed`), of any size
-            with the argument `interpolate_pos_encoding` (`argument`), or of any size (`any`).
+            with the argument `interpolate_pos_encoding` (`argument`), of any size (`any`), or rows
+            of patches of images of any shape (`patches`), with their mask and grid.
         masked_images: how masked-image pre-training hides patches: it drops them where blocks
             take any number of tokens (MAE), or covers them with a mask token (SimMIM).
         token_mixer: path in the last block of its layer that mixes positions, where all that
@@ -128,7 +129,7 @@ class ArchitectureSpec:
     post_norm: PostNormBlock | None = None
     prefix_tokens: int = 0
     patch_size: str | None = None
-    image_sizes: Literal["fixed", "argument", "any"] = "fixed"
+    image_sizes: Literal["fixed", "argument", "any", "patches"] = "fixed"
     masked_images: Literal["drop", "cover"] | None = None
     token_mixer: str | None = None
     is_causal: bool = False

@@ -26,6 +26,8 @@ CLIP = replace(
     STOCK_POOLED, encoder="vision_model", blocks="encoder.layers", lora_targets=CLIP_LINEARS,
     final_parts=(), unused_parts=("post_layernorm",),
 )  # fmt: skip
+SIGLIP = replace(CLIP, final_parts=("post_layernorm",), unused_parts=("head",))
+SIGLIP_HALF = replace(CLIP, final_parts=("post_layernorm", "head"), unused_parts=())
 
 
 def _adjust_beit(spec: ArchitectureSpec, config: Any) -> ArchitectureSpec:
@@ -152,7 +154,8 @@ IMAGE_ENCODERS = {
     "donut-swin": replace(SWIN, encoder="donut", lora_targets=BERT_LINEARS, final_parts=()),
     "clip": CLIP,
     "metaclip_2": CLIP,
-    "siglip": replace(CLIP, final_parts=("post_layernorm",), unused_parts=("head",)),
+    "siglip": SIGLIP,
+    "siglip2": replace(SIGLIP, image_sizes="patches"),
 }  # fmt: skip
 UNHEADED_ENCODERS = {
     "dinov3_vit": replace(
@@ -170,6 +173,7 @@ UNHEADED_ENCODERS = {
 IMAGE_HALVES = {
     "clip_vision_model": replace(CLIP, final_parts=("post_layernorm",), unused_parts=()),
     "metaclip_2_vision_model": replace(CLIP, final_parts=("post_layernorm",), unused_parts=()),
-    "siglip_vision_model": replace(CLIP, final_parts=("post_layernorm", "head"), unused_parts=()),
+    "siglip_vision_model": SIGLIP_HALF,
+    "siglip2_vision_model": replace(SIGLIP_HALF, image_sizes="patches"),
 }  # fmt: skip
 """The image halves of pairs, under a head on what the pair compares with texts."""

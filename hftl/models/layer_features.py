@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hftl.data.image_inputs import ImageInputs
+from hftl.data.patched_inputs import PatchedInputs
 from hftl.data.text_inputs import EncodedRow, TextInputs, WordInputs
 from hftl.models.encoders import accepts_attention_mask, get_blocks
 from hftl.models.features import run_batches
@@ -146,6 +147,9 @@ class _LayerTap(ExitStack):
         if states.ndim == 4:
             rows, columns, last = states.shape[1:]
             return {"mean": states.mean((1, 2) if rows == columns != last else (2, 3))}
+        if isinstance(self._inputs, PatchedInputs):
+            mask = self._batch["pixel_attention_mask"]
+            return {"mean": pool_tokens(states, mask, "mean")}
         side = self._batch["pixel_values"].shape[-1]
         prefix = self._prefix or states.shape[1] - (side // self._inputs.patch_size) ** 2
         if prefix <= 0:

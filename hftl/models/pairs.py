@@ -49,6 +49,7 @@ PAIRS = {
     "clip": PairSpec("CLIPVisionModelWithProjection"),
     "metaclip_2": PairSpec("MetaClip2VisionModelWithProjection"),
     "siglip": PairSpec("SiglipVisionModel", has_projection=False, pads_to_longest=False),
+    "siglip2": PairSpec("Siglip2VisionModel", has_projection=False, pads_to_longest=False),
 }
 """The pairs by model type."""
 

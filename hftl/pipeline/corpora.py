@@ -214,7 +214,7 @@ def build_leak_filter(context: ExperimentContext) -> Callable[[Row], bool]:
     task, inputs = context.prepared.task, context.inputs
     rows = [row for split in MEASURED_SPLITS for row in context.prepared.rows[split]]
     if isinstance(inputs, ImageInputs):
-        seen = NearImageIndex(canvas for row in rows for canvas in context.stack_canvases([row]))
+        seen = NearImageIndex(context.get_canvases(rows))
         return lambda row: inputs.get_pixels(row.content[0]) in seen
     texts = NearTextIndex(_iterate_texts(task, rows))
     return lambda row: any(text in texts for text in _iterate_texts(task, [row]))
@@ -274,7 +274,7 @@ def _write_images(
     distinct_names = names
     if not stage.transductive and part != "general":
         measured = [row for split in MEASURED_SPLITS for row in prepared.rows[split]]
-        near = NearImageIndex(c for row in measured for c in context.stack_canvases([row]))
+        near = NearImageIndex(context.get_canvases(measured))
         known = {row.content[0] for row in measured}
         distinct_names = [n for n in names if n not in known and inputs.get_pixels(n) not in near]
     held = len(distinct_names) if part == "general" else round(stage.held_out * len(distinct_names))

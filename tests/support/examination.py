@@ -34,7 +34,10 @@ def filled_cache(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[
                              ("bert-4", "bert", {"num_hidden_layers": 4}),
                              ("vit-wide", "vit", {"hidden_size": 32})):  # fmt: skip
         AutoModel.from_config(tiny_config(kind, **more)).save_pretrained(deeper / name)
-        (tiny_processor if is_image(kind) else tiny_tokenizer)(deeper / name)
+        if is_image(kind):
+            tiny_processor(deeper / name, kind)
+        else:
+            tiny_tokenizer(deeper / name)
         into_cache(cache, name, deeper / name)
     for name in ("roberta", "vit"):
         into_cache(cache, f"{name}-bare", tiny_model(name))

@@ -109,6 +109,10 @@ FIELDS: dict[str, dict[str, Any]] = {
         "decoder_intermediate_size": 32,
     },
     "swin": WINDOWS, "clip": TOWERS, "siglip": {k: TOWERS[k] for k in TOWERS if k[0] != "p"},
+    "siglip2": {
+        "vision_config": {k: IMAGE[k] for k in IMAGE if k != "image_size"} | {"num_patches": 16},
+        "text_config": TOWERS["text_config"],
+    },
     "ernie": TEXT, "megatron-bert": TEXT, "rembert": TEXT | {
         "input_embedding_size": 8, "output_embedding_size": 8, "bos_token_id": 2, "eos_token_id": 3,
     },
@@ -173,6 +177,21 @@ def is_image(model_type: str) -> bool:
     return not FIELDS[model_type].keys().isdisjoint({"image_size", "vision_config", "hidden_sizes"})
 
 
+def draw_images(
+    model_type: str, rows: int, side: int = IMAGE_SIZE, generator: Any = None
+) -> dict[str, Any]:
+    """Return random images as the model takes them."""
+    import torch
+
+    if model_type != "siglip2":
+        return {"pixel_values": torch.rand(rows, 3, side, side, generator=generator)}
+    # Of 3 x 5 patches and one of padding.
+    mask = (torch.arange(16) < 15).long().expand(rows, 16)
+    pixels = torch.rand(rows, 16, 3 * 8 * 8, generator=generator) * mask[0, :, None]
+    grids = torch.tensor([[3, 5]]).expand(rows, 2)
+    return {"pixel_values": pixels, "pixel_attention_mask": mask, "spatial_shapes": grids}
+
+
 CAUSAL_MODELS = [name for name, fields in FIELDS.items() if "num_key_value_heads" in fields]
 TEXT_MODELS = [name for name in FIELDS if not is_image(name)]
 
@@ -214,7 +233,7 @@ def save_tiny(model_type: str, folder: Path, masked: bool = False) -> Path:
         measure_statistics(model)
     model.save_pretrained(folder)
     if images:
-        tiny_processor(folder)
+        tiny_processor(folder, model_type)
     else:
         save_tokenizer = tiny_causal_tokenizer if model_type in CAUSAL_MODELS else tiny_tokenizer
         save_tokenizer(folder)
@@ -245,9 +264,12 @@ def measure_statistics(model: Any, side: int = IMAGE_SIZE) -> None:
         model.eval()
 
 
-def tiny_processor(folder: Path) -> None:
-    """Save an image processor of the tiny size."""
-    from transformers import ViTImageProcessorPil
+def tiny_processor(folder: Path, model_type: str = "vit") -> None:
+    """Save an image processor of the tiny size, that of the model."""
+    from transformers import Siglip2ImageProcessorPil, ViTImageProcessorPil
 
+    if model_type == "siglip2":
+        Siglip2ImageProcessorPil(patch_size=8, max_num_patches=16).save_pretrained(folder)
+        return
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     ViTImageProcessorPil(size=size).save_pretrained(folder)
