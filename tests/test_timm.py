@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from support.tiny import measure_statistics
+from test_resume import check_stopped_training
 from test_vision import copy_state, open_arm, publish, train_steps
 
 import hftl
@@ -272,3 +273,13 @@ def test_the_head_is_one_linear_layer(tiny_timm: Callable[..., Path], tmp_path: 
     assert built.features_are_shared
     assert built.last_linear is get_last_linear(built.model, built.architecture)
     assert built.last_linear.out_features == 2
+
+
+@every_architecture
+def test_a_stopped_training_ends_as_one_without_a_stop(
+    name: str, tiny_timm: Callable[..., Path], tmp_path: Path
+) -> None:
+    context, recipe = open_arm(tiny_timm(name), tmp_path, "partial", freeze_batchnorm=False)
+    training = {"max_steps": 5, "learning_rate": 1e-3, "bf16": False}
+    finetune = recipe.finetune.model_copy(update={"training": training})
+    check_stopped_training(context, finetune, tmp_path)
