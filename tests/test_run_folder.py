@@ -37,7 +37,7 @@ def test_a_stage_stands_with_its_hashes_and_inputs(stage: Path) -> None:
     assert run_folder.read_stage_inputs(stage) == READS
     assert [p.name for p in stage.parent.iterdir()] == ["lora-seed0"]
     manifest = json.loads((stage / run_folder.MANIFEST).read_text(encoding="utf-8"))
-    assert sorted(manifest) == ["files", "reads"]
+    assert sorted(manifest) == ["files", "own", "reads"]
     assert all(len(digest) == 64 for digest in manifest["files"].values())
 
 
@@ -132,6 +132,20 @@ def test_a_manifest_that_is_missing_or_damaged_is_named(stage: Path, content: by
     path.unlink() if content is None else path.write_bytes(content)
     with pytest.raises(RunFolderError, match=r"MANIFEST\.json is missing or unreadable"):
         run_folder.read_stage_inputs(stage)
+
+
+def test_a_manifest_with_a_damaged_letter_is_named_and_no_changed_recipe(stage: Path) -> None:
+    path = stage / run_folder.MANIFEST
+    written = path.read_text("utf-8")
+    for old, new in (('"reads"', '"readt"'), ('"own"', '"owm"'), ('"recipe"', '"recipf"')):
+        assert old in written
+        path.write_text(written.replace(old, new), "utf-8")
+        with pytest.raises(RunFolderError, match=r"MANIFEST\.json is (missing or|not what)"):
+            run_folder.read_stage_inputs(stage)
+    older = json.loads(written)
+    older.pop("own")
+    path.write_text(json.dumps(older), "utf-8")
+    assert run_folder.read_stage_inputs(stage) == READS
 
 
 HOLD = """

@@ -72,11 +72,15 @@ class StageInputs(TypedDict, total=False):
     inputs: str | None
 
 
-class Manifest(BaseModel, frozen=True):
-    """List the files of a complete stage with their sha256, and what it depends on."""
+class Manifest(BaseModel, frozen=True, extra="forbid"):
+    """List the files of a complete stage with their sha256, and what it depends on.
+
+    `own` is the hash of both, which older manifests lack: a damaged key is no changed recipe.
+    """
 
     files: dict[str, str]
     reads: dict[str, JsonValue]
+    own: str | None = None
 
     @field_validator("reads")
     @classmethod
@@ -171,8 +175,8 @@ def commit_stage(folder: Path, reads: Mapping[str, object]) -> Iterator[Path]:
     aside.mkdir()
     try:
         yield aside
-        manifest = Manifest.model_construct(files=_hash_files(aside), reads=reads)
-        write_text(aside / MANIFEST, to_json(vars(manifest)))
+        content = {"files": _hash_files(aside), "reads": reads}
+        write_text(aside / MANIFEST, to_json({**content, "own": fingerprint(content)}))
         replace_folder(aside, folder)
     finally:
         # After an error or a signal: it is renamed by now, or a disk that is full is left full.
@@ -227,15 +231,19 @@ def read_stage_inputs(folder: Path) -> StageInputs | None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Return what a complete stage depended on and the hashes of its files, unchecked.
+    """Return what a complete stage depended on and the hashes of its files, these unchecked.
 
     Raises:
-        RunFolderError: if it cannot be read.
+        RunFolderError: if it cannot be read, or is not what was written.
     """
     try:
-        return Manifest.model_validate(read_json(folder / MANIFEST))
+        manifest = Manifest.model_validate(read_json(folder / MANIFEST))
     except (OSError, ValueError) as error:
         raise _make_damage_error(folder, MANIFEST, "missing or unreadable") from error
+    content = {"files": manifest.files, "reads": manifest.reads}
+    if manifest.own not in (None, fingerprint(content)):
+        raise _make_damage_error(folder, MANIFEST, "not what was written")
+    return manifest
 
 
 def has_equal(finished: StageInputs, inputs: StageInputs, key: str) -> bool:
