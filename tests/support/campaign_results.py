@@ -1,0 +1,131 @@
+"""Keep what campaigns have found, trial by trial, and write it as a table.
+
+The trials of one kind add up as long as they are of the same code; the first of another code takes
+their place.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from hftl.console import format_table
+from hftl.runtime.run_folder import write_text
+
+ROOT = Path(__file__).parent.parent.parent
+RESULT = ROOT / "benchmarks" / "results" / "campaign.json"
+KINDS = {
+    "kills": "kill -9, then the same command",
+    "signals": "SIGTERM, Ctrl-C, SIGUSR1",
+    "faults": "ended in a write, flush, rename",
+    "races": "two runs in one folder",
+    "ranks": "one rank of two, or the launcher",
+}
+
+
+class Trial(BaseModel, frozen=True):
+    """Say how one run ended that was disturbed; an empty `problem` is none."""
+
+    recipe: str
+    seed: int
+    number: int
+    of: int
+    """Its number among so many, which share a run's moments."""
+    what: str
+    problem: str
+
+    @property
+    def key(self) -> tuple[str, int, int, int]:
+        """Return what no other trial of its kind has."""
+        return (self.recipe, self.seed, self.number, self.of)
+
+
+class Findings(BaseModel):
+    """Hold the trials of one kind, all of the same code."""
+
+    code: str
+    date: str
+    trials: list[Trial]
+
+
+class CampaignResults(BaseModel):
+    """Hold what is stored of campaigns, by kind."""
+
+    kinds: dict[str, Findings]
+    table: list[str]
+
+
+@dataclass
+class Log:
+    """Add trials to those of the same code, in a file if one is given.
+
+    Args:
+        path: of the file; None keeps nothing.
+    """
+
+    path: Path | None
+
+    def __post_init__(self) -> None:
+        self.code = hash_code()
+        is_kept = self.path is not None and self.path.exists()
+        self.kinds = read_campaign(self.path).kinds if is_kept and self.path else {}
+        self.added: list[tuple[str, Trial]] = []
+
+    def has(self, kind: str, key: tuple[str, int, int, int]) -> bool:
+        """Return whether this trial was made, of the same code."""
+        return key in {trial.key for trial in self._list_trials(kind)}
+
+    def add(self, kind: str, trial: Trial) -> None:
+        """Add a trial, and write the file."""
+        trials = sorted([*self._list_trials(kind), trial], key=lambda trial: trial.key)
+        today = datetime.now(UTC).date().isoformat()
+        self.kinds[kind] = Findings(code=self.code, date=today, trials=trials)
+        self.added.append((kind, trial))
+        print(f"{kind} {trial.recipe} {trial.number} of {trial.of}, {trial.what}: "
+              f"{trial.problem or 'identical'}", flush=True)  # fmt: skip
+        if self.path is not None:
+            kinds = {kind: self.kinds[kind] for kind in KINDS if kind in self.kinds}
+            results = CampaignResults(kinds=kinds, table=build_table(kinds))
+            write_text(self.path, results.model_dump_json(indent=1) + "\n")
+
+    def _list_trials(self, kind: str) -> list[Trial]:
+        found = self.kinds.get(kind)
+        return found.trials if found is not None and found.code == self.code else []
+
+
+def read_campaign(path: Path = RESULT) -> CampaignResults:
+    """Return what is stored."""
+    return CampaignResults.model_validate_json(path.read_text(encoding="utf-8"))
+
+
+def count_identical(trials: list[Trial]) -> str:
+    """Return how many of them ended identically, as "99 of 100"."""
+    return f"{sum(not trial.problem for trial in trials)} of {len(trials)}"
+
+
+def build_table(kinds: dict[str, Findings]) -> list[str]:
+    """Return a line for each kind, and one for each trial that ended otherwise."""
+    rows = [["kind", "what happens", "identical", "text", "pictures", "seeds", "code", "date"]]
+    wrong = []
+    for kind, found in kinds.items():
+        recipes = [trial.recipe for trial in found.trials]
+        seeds = ", ".join(map(str, sorted({trial.seed for trial in found.trials})))
+        counts = [str(recipes.count(name)) for name in ("text", "image")]
+        identical = count_identical(found.trials)
+        rows.append([kind, KINDS[kind], identical, *counts, seeds, found.code[:8], found.date])
+        wrong += [
+            f"  {kind} {trial.recipe} {trial.number}, {trial.what}: {trial.problem}"
+            for trial in found.trials if trial.problem
+        ]  # fmt: skip
+    return [line.removeprefix("  ") for line in format_table(rows).splitlines()] + wrong
+
+
+def hash_code() -> str:
+    """Return a hash of the package and of the campaign."""
+    digest = hashlib.sha256()
+    campaign = [ROOT / "tests" / "campaign.py", ROOT / "tests" / "support" / "campaign_runs.py"]
+    for path in [*sorted((ROOT / "hftl").rglob("*.py")), *campaign]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
