@@ -38,8 +38,9 @@ def build_context(model: Path, folder: Path, rows: list[Any], **data: Any) -> Ex
     }))  # fmt: skip
 
 
-def test_scratch_trains_longer_and_each_rate_of_the_search_for_a_third(
-    context: ExperimentContext, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("whole", [True, False], ids=["whole as good", "a third better"])
+def test_scratch_trains_as_long_as_validation_prefers_at_its_own_rate(
+    context: ExperimentContext, monkeypatch: pytest.MonkeyPatch, whole: bool
 ) -> None:
     trainings: list[dict[str, Any]] = []
     predicted: list[tuple[str, ...]] = []
@@ -55,8 +56,9 @@ def test_scratch_trains_longer_and_each_rate_of_the_search_for_a_third(
         assert all(p.requires_grad for p in built.model.parameters())
         rows = context.prepared.rows
         right = np.eye(2)[context.prepared.encode_targets(rows["validation"])]
-        # The second rate alone is right on validation.
-        sign = 1 if training["learning_rate"] == 3e-3 else -1
+        # The second rate alone is right on validation, and over the whole budget as `whole` says.
+        long_enough = whole or training["num_train_epochs"] < 12
+        sign = 1 if training["learning_rate"] == 3e-3 and long_enough else -1
         logits = {"validation": sign * right, "test": np.zeros((len(rows["test"]), 2))}
         return ArmOutput(logits, {}, 0)
 
@@ -65,11 +67,14 @@ def test_scratch_trains_longer_and_each_rate_of_the_search_for_a_third(
     search = Search(learning_rates=[1e-3, 3e-3, 1e-2], epochs_factor=3)
     result = baselines.search_rate(context, section, search, 0)
     assert result["learning_rate"] == 3e-3 and len(result["tried"]) == 3
-    assert [t["num_train_epochs"] for t in trainings] == pytest.approx([4, 4, 4])
-    assert predicted == [("validation",)] * 3, "a rate is chosen on validation alone"
-    baselines.train_scratch(context, section, search, result["learning_rate"], 0)
-    assert predicted[3] == ("validation", "test")
-    assert trainings[-1]["num_train_epochs"] == 12 and trainings[-1]["learning_rate"] == 3e-3
+    assert [t["num_train_epochs"] for t in trainings] == pytest.approx([4, 4, 4, 12])
+    assert [t["learning_rate"] for t in trainings] == [1e-3, 3e-3, 1e-2, 3e-3]
+    assert predicted == [("validation",)] * 4, "rate and length are chosen on validation alone"
+    assert ("a third of the budget" in describe_scratch_search(result)) is not whole
+    baselines.train_scratch(context, section, search, result, 0)
+    assert predicted[4] == ("validation", "test")
+    assert trainings[-1]["num_train_epochs"] == pytest.approx(12 if whole else 4)
+    assert trainings[-1]["learning_rate"] == 3e-3
 
 
 @pytest.mark.parametrize(
@@ -102,7 +107,7 @@ def test_search_goes_a_few_rates_beyond_its_edge(
     lines: list[str] = []
     search = Search(learning_rates=rates)
     result = baselines.search_rate(context, section, search, 0, lines.append)
-    assert len(lines) == len(rates) + len(beyond)
+    assert len(lines) == len(rates) + len(beyond) + 1
     assert lines[0].startswith(f"  scratch: rate {rates[0]:.3g} (1 of {len(rates)}): validation ac")
     assert all(line.endswith(", 0 s") for line in lines)
     assert any(": diverged, " in line for line in lines) == isinstance(best, str)

@@ -134,8 +134,10 @@ def _format_published_seed(record: Record) -> str:
 
 
 def describe_scratch_search(search: ScratchSearch) -> str:
-    """Return in a few words how scratch's learning rate was chosen."""
+    """Return in a few words how scratch's learning rate and its length were chosen."""
     words = f"learning rate {search.learning_rate:.3g} scored best on validation"
+    if search.share < 1:
+        words += "; a third of the budget scored more than the whole, and each seed trains for it"
     if search.beyond:
         rates = " and ".join(f"{rate:.3g}" for rate in search.beyond)
         verb = "was" if len(search.beyond) == 1 else "were"

@@ -1,7 +1,7 @@
 """Solve the solved arms by their name, and train the same architecture from scratch.
 
-Scratch gets a learning rate of its own and a longer budget (He et al. 2019, arXiv:1811.08883), so
-that the gain is not one over a straw man.
+Scratch gets a learning rate of its own and a longer budget (He et al. 2019, arXiv:1811.08883),
+where validation prefers that, so that the gain is not one over a straw man.
 """
 
 import time
@@ -30,8 +30,9 @@ from hftl.train.step_checkpoint import CheckpointSpec
 MAX_EXTRA_RATES = 2
 """Rates that are tried at most beyond those given."""
 WARMUP_SHARE = 0.1
-RateAttempt = Callable[[float, Callable[[CheckpointSpec | None], TriedRate]], TriedRate]
-"""Returns what a learning rate has come to, from an earlier attempt or by making one."""
+RateAttempt = Callable[[float, float, Callable[[CheckpointSpec | None], TriedRate]], TriedRate]
+"""Returns what a learning rate has come to over a share of the budget, from an earlier attempt or
+by making one."""
 SOLVERS: dict[str, Callable[[ExperimentContext, Finetune, int], ArmOutput]] = {
     "majority": lambda context, finetune, seed: solve_majority(context, seed),
     "classical": lambda context, finetune, seed: solve_classical(
@@ -51,17 +52,20 @@ def solve_arm(context: ExperimentContext, arm: Arm, seed: int) -> ArmOutput:
 def search_rate(
     context: ExperimentContext, finetune: Finetune, search: Search, seed: int,
     say: Callable[[str], None] = lambda line: None,
-    attempt: RateAttempt = lambda rate, make: make(None),
+    attempt: RateAttempt = lambda rate, share, make: make(None),
 ) -> ScratchSearch:  # fmt: skip
-    """Try each rate once and choose by validation, as epochs are chosen.
+    """Try each rate once, the best one over the whole budget, and choose by validation.
 
     No rate is dropped before its end, however far it is behind: from scratch, scores are those of
     chance until late. On the demo's rows the three rates scored .505, .513 and .535 after three of
     five epochs, and .608, .688 and .670 at the end.
 
     Where the best is the lowest or highest, the best may lie beyond: the search goes on by the
-    grid's own ratio, at most `MAX_EXTRA_RATES` times, each at the cost of one more rate. `say`
-    receives a line for each that `attempt` makes.
+    grid's own ratio, at most `MAX_EXTRA_RATES` times, each at the cost of one more rate.
+
+    A rate that is best over a third of the budget can be too high for the whole of it. Where the
+    whole scores less, longer training made a weaker baseline, and the third is kept. `say` receives
+    a line for each that `attempt` makes.
 
     Raises:
         NumericError: if every rate diverges.
@@ -73,12 +77,23 @@ def search_rate(
     best = _select_rate(context.prepared.task, tried)
     while len(beyond) < MAX_EXTRA_RATES and (rate := propose_rate(tried, best)) is not None:
         title = f"scratch: rate {rate:.3g} (added, as {best:.3g} was best, at the end)"
-        make = partial(_try_rate, context, finetune, search, rate, seed, title, say)
-        tried.append(attempt(rate, make))
+        make = partial(
+            _try_rate, context, finetune, search, rate, SEARCH_SHARE, seed, title, say
+        )
+        tried.append(attempt(rate, SEARCH_SHARE, make))
         beyond.append(rate)
         best = _select_rate(context.prepared.task, tried)
     edge = propose_rate(tried, best) is not None
-    return ScratchSearch(learning_rate=best, at_edge=edge, beyond=beyond, tried=tried)
+    make = partial(
+        _try_rate, context, finetune, search, best, 1.0, seed,
+        f"scratch: rate {best:.3g} over the whole budget", say,
+    )  # fmt: skip
+    whole = attempt(best, 1.0, make)
+    part = next(row for row in tried if row.learning_rate == best)
+    share = SEARCH_SHARE if _is_better(context.prepared.task, part, whole) else 1.0
+    return ScratchSearch(
+        learning_rate=best, share=share, at_edge=edge, beyond=beyond, tried=tried, whole=whole
+    )
 
 
 def try_given_rate(
@@ -88,7 +103,8 @@ def try_given_rate(
     """Try one of the recipe's learning rates; arguments as of `search_rate`."""
     number, count = search.learning_rates.index(rate) + 1, len(search.learning_rates)
     title = f"scratch: rate {rate:.3g} ({number} of {count})"
-    return attempt(rate, partial(_try_rate, context, finetune, search, rate, seed, title, say))
+    make = partial(_try_rate, context, finetune, search, rate, SEARCH_SHARE, seed, title, say)
+    return attempt(rate, SEARCH_SHARE, make)
 
 
 def propose_rate(tried: list[TriedRate], best: float) -> float | None:
@@ -102,27 +118,27 @@ def propose_rate(tried: list[TriedRate], best: float) -> float | None:
 
 
 def _try_rate(
-    context: ExperimentContext, finetune: Finetune, search: Search, rate: float, seed: int,
-    title: str, say: Callable[[str], None], checkpoints: CheckpointSpec | None,
+    context: ExperimentContext, finetune: Finetune, search: Search, rate: float, share: float,
+    seed: int, title: str, say: Callable[[str], None], checkpoints: CheckpointSpec | None,
 ) -> TriedRate:  # fmt: skip
-    """Try one rate, and report its score on validation and the seconds."""
+    """Try one rate over a share of the budget, and report its score on validation, and seconds."""
     started = time.perf_counter()
     with show_activity(title):
-        row = _score_rate(context, finetune, search, rate, seed, checkpoints)
+        row = _score_rate(context, finetune, search, rate, share, seed, checkpoints)
     outcome = _describe_outcome(context.prepared.task, row)
     say(f"  {title}: {outcome}, {time.perf_counter() - started:.0f} s")
     return row
 
 
 def _score_rate(
-    context: ExperimentContext, finetune: Finetune, search: Search, rate: float, seed: int,
-    checkpoints: CheckpointSpec | None,
+    context: ExperimentContext, finetune: Finetune, search: Search, rate: float, share: float,
+    seed: int, checkpoints: CheckpointSpec | None,
 ) -> TriedRate:  # fmt: skip
     """Return one rate's metrics on validation; None where it diverged: others may not."""
     task, rows = context.prepared.task, context.prepared.rows["validation"]
-    shorter = _scale_budget(finetune, rate, search.epochs_factor * SEARCH_SHARE)
+    budget = _scale_budget(finetune, rate, search.epochs_factor * share)
     try:
-        outcome = _train_from_scratch(context, shorter, seed, checkpoints, ("validation",))
+        outcome = _train_from_scratch(context, budget, seed, checkpoints, ("validation",))
     except NumericError as error:
         return TriedRate(learning_rate=rate, metrics=None, diverged=error.what)
     predictions = context.prepared.decode_for_metrics(rows, outcome.logits["validation"])
@@ -140,25 +156,33 @@ def _describe_outcome(task: str, row: TriedRate) -> str:
 
 def _select_rate(task: str, tried: list[TriedRate]) -> float:
     """Return the rate that is best on validation; of equals the first tried."""
-    score = SELECTION_METRICS[task]
-    sign = METRICS[task][score].sign
-    scores = {
-        row.learning_rate: sign * value
-        for row in tried
-        if row.metrics and (value := row.metrics[score]) is not None
-    }
-    if not scores:
+    best = tried[0]
+    for row in tried[1:]:
+        best = row if _is_better(task, row, best) else best
+    if _rank_score(task, best) == -np.inf:
         raise NumericError("scratch diverged at every rate", "Lower measure.scratch.learning_rates")
-    return max(scores, key=lambda rate: scores[rate])
+    return best.learning_rate
+
+
+def _is_better(task: str, row: TriedRate, other: TriedRate) -> bool:
+    """Return True if a training scored more on validation than another."""
+    return _rank_score(task, row) > _rank_score(task, other)
+
+
+def _rank_score(task: str, row: TriedRate) -> float:
+    """Return the score on validation, higher is better; -inf where it diverged."""
+    name = SELECTION_METRICS[task]
+    value = None if row.metrics is None else row.metrics[name]
+    return -np.inf if value is None else METRICS[task][name].sign * value
 
 
 def train_scratch(
-    context: ExperimentContext, finetune: Finetune, search: Search, rate: float, seed: int,
-    checkpoints: CheckpointSpec | None = None,
+    context: ExperimentContext, finetune: Finetune, search: Search, chosen: ScratchSearch,
+    seed: int, checkpoints: CheckpointSpec | None = None,
 ) -> ArmOutput:  # fmt: skip
-    """Train the source's architecture from its own initialisation, at the searched rate."""
-    longer = _scale_budget(finetune, rate, search.epochs_factor)
-    return _train_from_scratch(context, longer, seed, checkpoints)
+    """Train the source's architecture from its own initialisation, as the search has chosen."""
+    budget = _scale_budget(finetune, chosen.learning_rate, search.epochs_factor * chosen.share)
+    return _train_from_scratch(context, budget, seed, checkpoints)
 
 
 def solve_majority(context: ExperimentContext, seed: int) -> ArmOutput:

@@ -146,9 +146,9 @@ def find_curve_arm(
         return lambda context, seed: solve_arm(context, arm, seed).logits["test"]
     if arm.spec.schedule == "rate_search":
         search = recipe.measure.scratch
-        rate = search_rate(largest, arm.finetune, search, 0).learning_rate
+        chosen = search_rate(largest, arm.finetune, search, 0)
         return lambda context, seed: train_scratch(
-            context, arm.finetune, search, rate, seed
+            context, arm.finetune, search, chosen, seed
         ).logits["test"]  # fmt: skip
     return lambda context, seed: _train(context, arm, seed)
 

@@ -30,7 +30,7 @@ from hftl.runtime import distributed, run_folder
 from hftl.runtime.hardware import measure_energy
 from hftl.runtime.progress import show_activity
 from hftl.runtime.run_folder import StageInputs, to_json
-from hftl.train.facts import ArmFile, TrainingFacts, TriedRate
+from hftl.train.facts import ArmFile, ScratchSearch, TrainingFacts, TriedRate
 from hftl.train.step_checkpoint import CheckpointSpec
 
 RATE_FILE = "rate.json"
@@ -230,10 +230,11 @@ def _run_arm(run: Run, context: ExperimentContext, job: Job) -> ArmOutput:
     key = build_checkpoint_key(job.reads, arm.finetune.training, distributed.get_world_size())
     checkpoints = CheckpointSpec(run.checkpoints(arm.name, seed), key)
     if arm.spec.schedule == "rate_search":
-        rate = search_scratch_rate(run, context, job)
+        chosen = search_scratch_rate(run, context, job)
+        key |= {"rate": chosen.learning_rate, "share": chosen.share}
         return baselines.train_scratch(
-            context, arm.finetune, run.recipe.measure.scratch, rate, seed,
-            replace(checkpoints, cache_key={**checkpoints.cache_key, "rate": rate}),
+            context, arm.finetune, run.recipe.measure.scratch, chosen, seed,
+            replace(checkpoints, cache_key=key),
         )  # fmt: skip
     facts = TrainingFacts()
     if arm.retain is not None and arm.retain.has_auto_weight:
@@ -247,8 +248,8 @@ def _run_arm(run: Run, context: ExperimentContext, job: Job) -> ArmOutput:
     return output
 
 
-def search_scratch_rate(run: Run, context: ExperimentContext, job: Job) -> float:
-    """Return the learning rate of scratch, searched once on the first seed. Collective."""
+def search_scratch_rate(run: Run, context: ExperimentContext, job: Job) -> ScratchSearch:
+    """Return scratch's learning rate and length, searched once on the first seed. Collective."""
     if not distributed.broadcast_from_main(lambda: is_rate_chosen(run, job)):
         search = baselines.search_rate(
             context, job.arm.finetune, run.recipe.measure.scratch, run.recipe.measure.seeds[0],
@@ -262,7 +263,7 @@ def search_scratch_rate(run: Run, context: ExperimentContext, job: Job) -> float
 
         distributed.broadcast_from_main(keep)
         run.say(f"  scratch: {describe_scratch_search(search)}")
-    return run.read_scratch_search().learning_rate
+    return run.read_scratch_search()
 
 
 def is_rate_chosen(run: Run, job: Job) -> bool:
@@ -280,13 +281,17 @@ def try_scratch_rate(run: Run, context: ExperimentContext, job: Job, rate: float
 
 
 def _try_rate_once(
-    run: Run, job: Job, rate: float, attempt: Callable[[CheckpointSpec | None], TriedRate]
-) -> TriedRate:
-    """Return what a learning rate has come to, tried where no process has done so. Collective."""
-    stage, reads = _get_tries_folder(run) / f"rate-{rate:.6g}", {**job.reads, "rate": rate}
+    run: Run, job: Job, rate: float, share: float,
+    attempt: Callable[[CheckpointSpec | None], TriedRate],
+) -> TriedRate:  # fmt: skip
+    """Return what a learning rate has come to over a share of the budget, tried where no process
+    has done so. Collective."""
+    tried_as = {"rate": rate, "share": share}
+    stage = _get_tries_folder(run) / f"rate-{rate:.6g}-{share:.2g}"
+    reads = {**job.reads, **tried_as}
     if distributed.broadcast_from_main(lambda: run_folder.read_stage_inputs(stage)) != reads:
         training, processes = job.arm.finetune.training, distributed.get_world_size()
-        key = {**build_checkpoint_key(job.reads, training, processes), "rate": rate}
+        key = {**build_checkpoint_key(job.reads, training, processes), **tried_as}
         steps = stage.with_name(f"steps-{stage.name}")
         tried = attempt(CheckpointSpec(steps, key))
 

@@ -92,14 +92,16 @@ def estimate_arm(context: ExperimentContext, arm: Arm, recipe: Recipe, costs: Ro
     seconds = own + measured * costs.predict
     seconds += embedded * costs.predict if arm.spec.changes_encoder else 0
     # What is tried to choose a rate or a weight is predicted on validation alone.
-    rate = weight = 0.0
+    rate = choice = 0.0
     if arm.spec.schedule == "rate_search":
-        tried = epochs * SEARCH_SHARE * (train * step + validation * costs.evaluate)
-        rate = tried + validation * costs.predict
+        rate = SEARCH_SHARE * own + validation * costs.predict
+        choice = own + validation * costs.predict
+        # The seeds train for a third of the budget or for all of it.
+        seconds -= own * (1 - SEARCH_SHARE) / 2
     if arm.retain is not None and arm.retain.has_auto_weight:
         rows = validation + len(list_selection_rows(context))
-        weight = len(weight_grid.WEIGHT_GRID) * (own + rows * costs.predict)
-    return ArmCost(seconds, rate, weight)
+        choice = len(weight_grid.WEIGHT_GRID) * (own + rows * costs.predict)
+    return ArmCost(seconds, rate, choice)
 
 
 def estimate_trained_arms(
@@ -142,7 +144,7 @@ def estimate_seconds(
         arm = next(arm for arm in jobs if arm.name == name)
         cost = estimate_arm(context, arm, recipe, costs)
         rates = len(recipe.measure.scratch.learning_rates)
-        seconds += seeds * cost.seed + rates * cost.rate + cost.weight
+        seconds += seeds * cost.seed + rates * cost.rate + cost.choice
     return seconds / distributed.get_world_size() + FINISH_SECONDS
 
 

@@ -14,12 +14,13 @@ class ArmCost:
     Attributes:
         seed: one training with its predictions, or one solution.
         rate: trying one learning rate, where they are searched.
-        weight: trying all weights of KL, where one is chosen.
+        choice: what else is tried before the seeds: all weights of KL where one is chosen, the
+            whole budget of scratch.
     """
 
     seed: float
     rate: float = 0.0
-    weight: float = 0.0
+    choice: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -123,9 +124,10 @@ def _plan_choice(arm: Arm, seed: int, recipe: Recipe, cost: ArmCost) -> list[Tas
             Task(f"{arm.name}-rate{number}", "rate", arm.name, seed, rate, (), cost.rate)
             for number, rate in enumerate(dict.fromkeys(recipe.measure.scratch.learning_rates))
         ]
-        return [*rates, Task(name, "search", arm.name, seed, 0.0, tuple(t.name for t in rates))]
+        before = tuple(task.name for task in rates)
+        return [*rates, Task(name, "search", arm.name, seed, 0.0, before, cost.choice)]
     if arm.retain is not None and arm.retain.has_auto_weight:
-        return [Task(name, "weight", arm.name, seed, seconds=cost.weight)]
+        return [Task(name, "weight", arm.name, seed, seconds=cost.choice)]
     return []
 
 

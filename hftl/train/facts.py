@@ -264,11 +264,17 @@ class TriedRate(RecordPart):
 
 
 class ScratchSearch(OpenPart):
-    """Describe the search of the learning rate from scratch."""
+    """Describe the search of the learning rate and of the length of training from scratch."""
 
     learning_rate: float
+    share: float = 1.0
+    """Of the whole budget, what each seed trains for: `SEARCH_SHARE` where the best rate scored
+    more over that than over the whole."""
     beyond: list[float] = Field(default_factory=list[float])
     """Rates that were tried past those of the recipe."""
     at_edge: bool = False
     """Whether the best is still the lowest or highest tried."""
     tried: list[TriedRate] = Field(default_factory=list[TriedRate])
+    """Rates over `SEARCH_SHARE` of the budget."""
+    whole: TriedRate | None = None
+    """The best of them over the whole budget."""
