@@ -33,15 +33,29 @@ FLIPPED = 0.2
 GROUP_ROWS = 5
 
 
+SHORT_WORDS = 40
+"""Words of the texts that are cut: none is longer than the usual number of tokens."""
+CONTROLS = {
+    **dict.fromkeys(TEXT_KINDS + IMAGE_KINDS, "rows"),
+    "long inputs": "short texts", "label errors": "many rows", "channels": "one table",
+    "groups": "groups", "own labels": "own labels",
+}  # fmt: skip
+"""What each kind is planted in. Kinds that share rows share the search of them without a fault."""
+
+
 @dataclass(frozen=True)
 class Plant:
-    """Hold data with a fault, the kind that `hftl check` calls it, and the source."""
+    """Hold data with a fault, the kind that `hftl check` calls it, and the source.
+
+    `copies` are the planted rows: the table, and the first one's place in it.
+    """
 
     kind: str
     data: dict[str, Any]
     source: str
     is_text: bool
     needs_features: bool = True
+    copies: tuple[str, int] | None = None
 
 
 def list_kinds(name: str) -> tuple[str, ...]:
@@ -68,14 +82,18 @@ def read_whole(name: str, assets: Path, models: Path) -> Plant:
     return Plant("none", data | {"image_size": _get_side(name)}, str(models / VIT), False)
 
 
-def plant_fault(name: str, kind: str, assets: Path, models: Path, folder: Path) -> Plant:
-    """Write tables with a fault of a kind into a folder."""
+def plant_fault(
+    name: str, kind: str, assets: Path, models: Path, folder: Path, is_control: bool = False
+) -> Plant:
+    """Write tables with a fault of a kind into a folder; a control has the same rows without it."""
     is_text = name in TEXT_SETS
     rows = MANY_ROWS if kind in ("label errors", "channels") else TRAIN_ROWS
     count = rows + TEST_ROWS
     table: Any = (
         _read_texts(name, assets, count) if is_text else _read_pictures(name, models, folder, count)
     )
+    if kind == "long inputs":
+        table["text"] = table.text.str.split().str[:SHORT_WORDS].str.join(" ")
     train, test = table[:rows].copy(), table[rows : rows + TEST_ROWS].copy()
     column = "text" if is_text else "image"
     copy = _edit_text if is_text else partial(_resize_picture, folder)
@@ -83,7 +101,7 @@ def plant_fault(name: str, kind: str, assets: Path, models: Path, folder: Path) 
     source = MINILM if is_text else str(models / VIT)
     data: dict[str, Any] = {} if is_text else {"image_size": _get_side(name)}
     copies = train.head(COPIES).assign(**{column: train[column].head(COPIES).map(copy)})
-    match kind:
+    match f"{kind}, control" if is_control else kind:
         case "leakage":
             test = pd.concat([test, copies])
         case "near labels":
@@ -103,19 +121,28 @@ def plant_fault(name: str, kind: str, assets: Path, models: Path, folder: Path) 
             train.loc[flips, "label"] = train.label[flips].map(others)
         case "groups":
             train = test = _group_texts(table) if is_text else _group_pictures(table, folder)
+        case "groups, control":
+            train = test = table.assign(author=[f"author{i // GROUP_ROWS}" for i in table.index])
+        case "channels, control":
+            train = table
         case "channels":
-            train, test = table, table[:0]
+            train = table
             for path in table.image:
                 _edit_picture(Path(path), lambda image: Image.merge("RGB", image.split()[::-1]))
         case "own labels":
             source = _tune(source, is_text, train, folder, others, data)
-        case _:
+        case "own labels, control":
+            source = _tune(source, is_text, train, folder, {n: n for n in others}, data)
+        case "casing" | "tokenizer" | "normalization" | "rescale":
             source = _copy_source(source, kind, folder)
+        case _:
+            pass
     data |= {"train": _write(train, folder / "train.csv")}
     if kind not in ("groups", "channels"):
         data |= {"test": _write(test, folder / "test.csv")}
     called = "label map" if kind == "own labels" else kind
-    return Plant(called, data, source, is_text, kind not in ROW_KINDS)
+    copied = {"leakage": ("test", TEST_ROWS), "near labels": ("train", rows)}.get(kind)
+    return Plant(called, data, source, is_text, is_control or kind not in ROW_KINDS, copied)
 
 
 def _get_side(name: str) -> int:
