@@ -128,14 +128,13 @@ def test_widget_examples_have_their_outputs() -> None:
     record = make_record() | {
         "widget": [example.to_dict() for example in build_widget_examples(samples)]
     }
-    pooled, _ = front_matter(render(record))
-    assert "widget" not in pooled, "a model of features shows no classes"
-    record["recipe"]["finetune"]["pooling"] = "native"
-    card = render(record)
-    (shown,) = front_matter(card)[0]["widget"]
-    assert shown["text"] == "a | good: film"
-    assert shown["output"] == [
-        {"label": "positive", "score": 0.875}, {"label": "negative", "score": 0.125}
-    ]  # fmt: skip
-    assert validate_own_card(card) == []
+    for pooling in ("mean", "native"):
+        record["recipe"]["finetune"]["pooling"] = pooling
+        card = render(record)
+        (shown,) = front_matter(card)[0]["widget"]
+        assert shown["text"] == "a | good: film"
+        assert shown["output"] == [
+            {"label": "positive", "score": 0.875}, {"label": "negative", "score": 0.125}
+        ]  # fmt: skip
+        assert validate_own_card(card) == []
     assert "widget" not in front_matter(render(make_record()))[0]
