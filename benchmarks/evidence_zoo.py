@@ -19,7 +19,8 @@ from hftl.config.section import Source
 from hftl.data.prepare import prepare_data
 from hftl.finetune.arm import train_arm
 from hftl.finetune.arm_files import collect_trained_tensors
-from hftl.finetune.context import ExperimentContext, build_context, infer_input_spec
+from hftl.finetune.build_context import build_context, infer_input_spec
+from hftl.finetune.context import ExperimentContext
 from hftl.finetune.trainable import apply_strategy
 from hftl.models.source import find_source
 

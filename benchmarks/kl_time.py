@@ -26,7 +26,8 @@ from hftl.config.retain import KL, Replay, Retain
 from hftl.data.general import load_general
 from hftl.data.prepare import prepare_data
 from hftl.finetune.arm import train_arm
-from hftl.finetune.context import ExperimentContext, build_context, infer_input_spec
+from hftl.finetune.build_context import build_context, infer_input_spec
+from hftl.finetune.context import ExperimentContext
 from hftl.models.source import find_source
 from hftl.pipeline import pipeline
 from hftl.pipeline.retention import build_retention

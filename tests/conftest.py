@@ -196,7 +196,7 @@ def recipe_file(recipe_tree: dict[str, Any], tmp_path: Path) -> Path:
 def bench_of(recipe: Any) -> Any:
     """Build the context that a run of the recipe would have."""
     from hftl.data.prepare import prepare_data
-    from hftl.finetune.context import build_context, infer_input_spec
+    from hftl.finetune.build_context import build_context, infer_input_spec
     from hftl.models.source import find_source
 
     source = find_source(recipe.source)

@@ -58,6 +58,7 @@ ORDER = [
     "adapt.encoder_io", "adapt.language_model", "adapt.mae", "adapt.guard",
     "adapt.adaptation",
     "finetune.arm_files", "finetune.trainable", "finetune.context",
+    "finetune.build_context",
     "finetune.pretraining_heads", "analysis.feature_store", "finetune.zero_shot",
     "finetune.gradual", "finetune.frozen_prefix", "finetune.used_tokens", "finetune.guard_metrics",
     "finetune.interpolate", "finetune.classical", "finetune.solved_arms", "finetune.arm",

@@ -28,11 +28,12 @@ import hftl
 from hftl.config.finetune import Finetune
 from hftl.config.recipe import Recipe
 from hftl.data.general import load_general
+from hftl.data.rows import InputSpec
 from hftl.errors import DataWarning, RunFolderError
 from hftl.finetune.arm import train_arm
 from hftl.finetune.arm_files import ArmOutput
 from hftl.finetune.baselines import train_scratch
-from hftl.finetune.context import ExperimentContext, InputSpec
+from hftl.finetune.context import ExperimentContext
 from hftl.pipeline.changed_inputs import check_unfinished
 from hftl.retain.kl import KLToOriginal
 from hftl.retain.regularizer import Retention

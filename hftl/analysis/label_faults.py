@@ -20,7 +20,7 @@ from hftl.config.data import Table
 from hftl.data.rows import Row
 from hftl.data.slices import list_columns, read_cells
 from hftl.data.splits import MEASURED_SPLITS, hash_row, hash_text
-from hftl.finetune.context import pin_revisions
+from hftl.finetune.build_context import pin_revisions
 from hftl.train.facts import Finding
 
 LEVEL, ERROR_LEVEL = 0.001, 0.05

@@ -32,7 +32,8 @@ from hftl.data.prepare import PreparedData, prepare_data
 from hftl.data.rows import InputSpec, Row
 from hftl.data.splits import hash_row, take_stratified
 from hftl.errors import HftlError, HubError, NumericError, RecipeError
-from hftl.finetune.context import ExperimentContext, build_context, infer_input_spec
+from hftl.finetune.build_context import build_context, infer_input_spec
+from hftl.finetune.context import ExperimentContext
 from hftl.measure.gain import assign_units
 from hftl.measure.metrics import Metric, find_metric
 from hftl.models.heads import has_head_bias

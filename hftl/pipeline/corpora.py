@@ -21,7 +21,8 @@ from hftl.data.load import load_images, read_documents
 from hftl.data.rows import BadRows, Row
 from hftl.data.splits import MEASURED_SPLITS, hash_text
 from hftl.errors import DataError
-from hftl.finetune.context import ExperimentContext, infer_input_spec, pin_revisions
+from hftl.finetune.build_context import infer_input_spec, pin_revisions
+from hftl.finetune.context import ExperimentContext
 from hftl.models.architecture_spec import TOKEN_CLASSIFICATION
 from hftl.pipeline.run import Run
 from hftl.runtime import distributed, run_folder

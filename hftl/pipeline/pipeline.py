@@ -15,7 +15,8 @@ from hftl.data.image_inputs import ImageInputs
 from hftl.data.prepare import PreparedData
 from hftl.data.splits import MEASURED_SPLITS
 from hftl.errors import HungProcessError, RecipeError, RunFolderError
-from hftl.finetune.context import ExperimentContext, build_context, infer_input_spec, pin_revisions
+from hftl.finetune.build_context import build_context, infer_input_spec, pin_revisions
+from hftl.finetune.context import ExperimentContext
 from hftl.measure.metrics import Metric, find_metric
 from hftl.measure.record import Record
 from hftl.models.source import SourceModel, find_source

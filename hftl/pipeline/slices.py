@@ -3,7 +3,8 @@
 from hftl.config.recipe import Recipe
 from hftl.data.slices import SlicedColumn, read_slice_columns
 from hftl.errors import DataError, HftlError
-from hftl.finetune.context import ExperimentContext, pin_revisions
+from hftl.finetune.build_context import pin_revisions
+from hftl.finetune.context import ExperimentContext
 from hftl.measure.metrics import Metric
 
 
