@@ -131,6 +131,16 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], int, int, str, tuple[str, ...], s
 every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
 
 
+def open_residual_branches(model: torch.nn.Module) -> None:
+    """Give the last norm of residual branches a scale, as training does; timm begins at 0.
+
+    Nothing in a branch gets a gradient while the frozen norm at its end multiplies by 0.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d) and not module.weight.any():
+            torch.nn.init.ones_(module.weight)
+
+
 @pytest.fixture(scope="session")
 def tiny_timm(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Return `tiny_timm(name)`, which saves a small random model as timm does."""
@@ -144,6 +154,7 @@ def tiny_timm(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
                 name, num_classes=5, pretrained_cfg_overlay={"input_size": (3, side, side)},
                 **arguments,
             )  # fmt: skip
+            open_residual_branches(model)
             measure_statistics(model, side)
             made[name] = tmp_path_factory.mktemp(name)
             timm.models.save_for_hf(model.eval(), made[name], model_args=arguments)
