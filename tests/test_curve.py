@@ -235,7 +235,7 @@ def test_rows_of_one_unit_give_no_interval(recipe: Recipe, tmp_path: Path) -> No
     forecast = facts.arms[0].forecast
     assert forecast is not None and forecast.predicted.ci95 is None
     assert forecast.held_out_covered is None and facts.labels[0].catches_up.ci95 is None
-    assert "foreseen as" in format_curve(facts) and describe_curve(facts)
+    assert "by its curve's shape" in format_curve(facts) and describe_curve(facts)
     plot_curve(facts, tmp_path / "curve.png")
 
 
@@ -258,7 +258,7 @@ def test_curve_command(hftl: Hftl, recipe_file: Path, tmp_path: Path, forwards: 
     assert outcome.code == 0, outcome.err
     facts = read(run)
     assert facts.sizes == [5, 10, 20, 40] and facts.draws == 2 and facts.per_class
-    assert "labels a class" in outcome.out and "classical needs" in outcome.out
+    assert "labels a class" in outcome.out and "labels classical needs" in outcome.out
     assert all(arm.forecast is not None for arm in facts.arms)
     assert (run / "analysis" / "curve.png").read_bytes()[:4] == b"\x89PNG"
     passes = len(forwards)

@@ -298,6 +298,20 @@ def test_distance_command(
     hftl(*words[:-2], "--to", few, "--output", run).assert_error(3, "few.csv has 5 rows")
 
 
+def test_without_unlabelled_data_a_line_says_what_is_compared(
+    hftl: Hftl, recipe_file: Path, tmp_path: Path
+) -> None:
+    words = [recipe_file, "data.test={fraction: 0.4}", "--output", tmp_path / "out"]
+    for command, line in (("distance", "--to TABLE"), ("shift", "to compare it, too")):
+        outcome = hftl(command, *words)
+        assert outcome.code == 0, outcome.err
+        (said,) = [row for row in outcome.out.splitlines() if "no unlabelled data" in row]
+        assert "data.unlabeled" in said and line in said
+    hftl("adapt", recipe_file, "adapt={objective: mlm, corpus: unlabeled}").assert_error(
+        2, "adapt.corpus=unlabeled", "data.unlabeled is null"
+    )
+
+
 def test_a_set_of_three_documents_has_no_halves() -> None:
     rows = [Row((f"text {i}",), "", f"d{i % 3}", i, f"row {i}", "train") for i in range(60)]
     with pytest.raises(DataError, match="train has 3 values of data.group in 60 rows"):

@@ -142,9 +142,11 @@ def test_rank_lists_what_failed_and_goes_on(
     outcome = hftl(*words, "--write", tmp_path / "winner.yaml")
     assert outcome.code == 0, outcome.err
     assert "./nowhere does not exist" in outcome.out and "reads images" in outcome.out
+    assert "one source: name others" not in outcome.out
     assert "best at" in outcome.out and "rank" in outcome.out
     facts = RankAnalysis.model_validate_json((run / "analysis" / "rank.json").read_text())
     assert [one.rank for one in facts.sources] == [1, 2, 3] and len(facts.failed) == 2
+    assert facts.constant == pytest.approx(0.5, abs=0.1), "as many rows of both classes"
     by_name = {one.source: one for one in facts.sources}
     own = by_name[str(trained)].scores
     assert own.leep is not None and own.nce is not None
@@ -174,8 +176,11 @@ def test_rank_of_targets_leaves_out_the_scores_of_classes(
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe_tree))
     outcome = hftl("rank", tmp_path / "r.yaml", "--output", tmp_path / "out")
     assert outcome.code == 0, outcome.err
-    (one,) = json.loads((tmp_path / "out" / "analysis" / "rank.json").read_text())["sources"]
+    facts = json.loads((tmp_path / "out" / "analysis" / "rank.json").read_text())
+    (one,) = facts["sources"]
     assert "h_score" not in one["scores"] and np.isfinite(one["scores"]["logme"])
+    assert f"one answer for all rows: {facts['metric']} {facts['constant']:.3f}" in outcome.out
+    assert "one source: name others by --source MODEL" in outcome.out
 
 
 def test_a_decoder_is_ranked_for_targets_where_a_head_of_them_trains(

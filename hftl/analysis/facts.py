@@ -93,6 +93,9 @@ class RankAnalysis(RecordPart):
     metric: str
     lower_is_better: bool
     rows: int
+    constant: float | None = None
+    """The score of the same prediction for every row, the best one in hindsight of the rows: the
+    commonest class, or the mean. Null for other tasks."""
     sources: list[RankedSource]
     failed: list[FailedSource]
     first_two: SourceGap | None

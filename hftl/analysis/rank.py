@@ -255,8 +255,18 @@ def _rank(
         )
     return RankAnalysis(
         metric=metric.name, lower_is_better=metric.lower_is_better, rows=len(rows),
+        constant=_score_constant(metric, scored[0].context.prepared.task, labels),
         sources=sources, failed=failed, first_two=gap,
     )  # fmt: skip
+
+
+def _score_constant(metric: Metric, task: str, labels: np.ndarray) -> float | None:
+    """Return the score of one prediction for all rows: what a source has to surpass."""
+    if task == "classification":
+        return metric.score(labels, np.full_like(labels, np.bincount(labels).argmax()))
+    if task == "regression":
+        return metric.score(labels, np.full_like(labels, labels.mean()))
+    return None
 
 
 def _describe_source(

@@ -63,6 +63,10 @@ def format_rank(facts: RankAnalysis) -> str:
     notes = [f"{read}; more is better in every score"]
     if facts.lower_is_better:
         notes = [f"{read}; less is better in probe and knn"]
+    if facts.constant is not None:
+        notes.append(
+            f"  without a source, one answer for all rows: {facts.metric} {facts.constant:.3f}"
+        )
     notes += [f"  not read: {one.source}: {one.why}" for one in facts.failed]
     notes += _describe_gap(facts)
     return "\n".join([render_table(header, rows), render_table(["", *SCORES], scores), *notes])
@@ -71,7 +75,7 @@ def format_rank(facts: RankAnalysis) -> str:
 def _describe_gap(facts: RankAnalysis) -> list[str]:
     """Say whether the first two sources can be told apart."""
     if facts.first_two is None:
-        return []
+        return ["  one source: name others by --source MODEL; `hftl sources` lists well-known ones"]
     first, second = facts.sources[:2]
     interval = format_interval(facts.first_two.ci95)
     gap = f"{facts.first_two.value:.3f} {interval} in {facts.metric}"
@@ -137,7 +141,7 @@ def format_curve(facts: CurveAnalysis) -> str:
     header = [unit]
     for arm in facts.arms:
         header += [arm.arm, "95 % interval"]
-    header += [f"{one.baseline} needs" for one in facts.labels]
+    header += [f"labels {one.baseline} needs" for one in facts.labels]
     rows = []
     for place, size in enumerate(facts.sizes):
         row = [str(size)]
@@ -150,14 +154,22 @@ def format_curve(facts: CurveAnalysis) -> str:
         f"  {facts.metric} on {facts.test_rows:,} test rows, {facts.draws} nested draws, the same "
         "for every arm"
     ]
+    if facts.labels:
+        notes.append(
+            f"  labels needed: as a multiple, for the score of {facts.labels[0].arm} in that row; "
+            f">: more than the {facts.sizes[-1]} tried, <=: the fewest tried are enough"
+        )
+    beyond = f"> {facts.sizes[-1]}"
     for one in facts.labels:
         if one.catches_up.value is None:
             notes.append(f"  {one.baseline} does not catch up with {one.arm} up to "
                          f"{facts.sizes[-1]} {unit}")  # fmt: skip
         else:
             notes.append(f"  {one.baseline} catches up with {one.arm} at "
-                         f"{format_count(one.catches_up)} {unit}")  # fmt: skip
-    notes += [_describe_forecast(arm.arm, arm.forecast, unit) for arm in facts.arms if arm.forecast]
+                         f"{format_count(one.catches_up, beyond)} {unit}")  # fmt: skip
+    for arm in facts.arms:
+        if arm.forecast:
+            notes += _describe_forecast(arm.arm, arm.forecast, unit, facts.sizes[-1])
     return "\n".join([render_table(header, rows), *notes])
 
 
@@ -173,30 +185,40 @@ def format_ratio(ratio: LabelCount, most: float) -> str:
     value = f"<= {value}" if ratio.is_at_most else value
     if ratio.ci95 is None or ratio.ci95[0] is None:
         return value
-    low, high = ("-" if end is None else f"{end:.1f}" for end in ratio.ci95)
+    low, high = (f"> {most:.1f}" if end is None else f"{end:.1f}" for end in ratio.ci95)
     return f"{value} [{low}, {high}]"
 
 
-def format_count(count: LabelCount) -> str:
-    """Return `40 [20, -]` labels, a dash where an end is beyond all sizes."""
-    value = f"{'<= ' if count.is_at_most else ''}{format_number(count.value, 0)}"
-    if count.ci95 is None:
-        return value
-    return f"{value} [{', '.join(format_number(end, 0) for end in count.ci95)}]"
+def format_count(count: LabelCount, beyond: str) -> str:
+    """Return `40 [20, 80]` labels.
+
+    Args:
+        count: what to show.
+        beyond: what stands for an end that no number of labels reaches.
+    """
+
+    def show(end: float | None) -> str:
+        return beyond if end is None else f"{end:.0f}"
+
+    value = f"{'<= ' if count.is_at_most else ''}{show(count.value)}"
+    return value if count.ci95 is None else f"{value} [{', '.join(map(show, count.ci95))}]"
 
 
-def _describe_forecast(arm: str, forecast: CurveForecast, unit: str) -> str:
+def _describe_forecast(arm: str, forecast: CurveForecast, unit: str, size: int) -> list[str]:
     """Say what twice the labels would give, and how well the largest size was foreseen."""
-    outcome = {True: ", within noise", False: ", beyond noise", None: ""}[forecast.held_out_covered]
-    words = (
-        f"  {arm} at {forecast.labels} {unit}: {forecast.predicted.value:.3f} "
-        f"{format_interval(forecast.predicted.ci95)} by its power law (the largest size was "
-        f"foreseen as {forecast.held_out.value:.3f}{outcome})"
-    )
-    needed = forecast.next_point
-    if needed.value is None:
-        return f"{words}; a score better by {forecast.step:g} is beyond it"
-    return f"{words}; better by {forecast.step:g} at {format_count(needed)}"
+    ahead = f"{forecast.predicted.value:.3f} {format_interval(forecast.predicted.ci95)}"
+    needed = "is out of its reach"
+    if forecast.next_point.value is not None:
+        needed = f"takes {format_count(forecast.next_point, 'never')}"
+    outcome = {
+        True: ", within noise of what came", False: ", beyond noise of what came", None: "",
+    }[forecast.held_out_covered]  # fmt: skip
+    return [
+        f"  {arm} by its curve's shape: {ahead} at {forecast.labels} {unit}; {forecast.step:g} "
+        f"better than at {size} {needed}",
+        f"    checked: from the smaller sizes it foresees {forecast.held_out.value:.3f} at {size}"
+        f"{outcome}",
+    ]
 
 
 def format_sweep(facts: SweepAnalysis) -> str:
@@ -303,6 +325,8 @@ def format_distance(facts: DistanceAnalysis) -> str:
         ]
         tables.append(render_table(["", "words shared", "word divergence"], words))
     notes = [f"  on {facts.site} of {facts.source}; A-distance and H-divergence are at most 2"]
+    if [domain.name for domain in facts.domains] == ["train", "test"]:
+        notes.append("  no unlabelled data: give data.unlabeled, data.general or --to TABLE")
     if not facts.site_is_own:
         notes.append(f"  the recipe's head reads elsewhere: {_explain_site(facts)}")
     if words:
@@ -337,6 +361,8 @@ def format_shift(facts: ShiftAnalysis) -> str:
     if shares:
         tables.append(render_table(["share of", "train", "estimated", "by labels"], shares))
     notes = [f"  {facts.train_rows:,} rows of train, on {facts.site} of {facts.source}"]
+    if [one.name for one in facts.sets] == ["test"]:
+        notes.append("  no unlabelled data: give data.unlabeled to compare it, too")
     notes += [note for one in facts.sets if (note := _advise_on_shift(one))]
     return "\n".join([*tables, *notes])
 

@@ -49,7 +49,7 @@ from hftl.runtime import run_folder
 from hftl.runtime.progress import show_activity
 from hftl.runtime.run_folder import SEMANTICS, to_json
 
-LAYOUT = 4
+LAYOUT = 5
 """Raised when an analysis holds other figures, or computes them otherwise."""
 TOKEN_POOLINGS = ("mean", "cls", "cls+mean")
 """Poolings of an encoder's tokens, in the words of `finetune.pooling`."""
