@@ -30,6 +30,7 @@ from hftl.analysis.rank import rank_sources
 from hftl.config.recipe import Recipe
 from hftl.pipeline.analyses import find_curve_arm
 from hftl.pipeline.pipeline import silence_libraries
+from hftl.runtime.imports import freeze_imports
 from hftl.runtime.run_folder import to_json, write_text
 
 SOURCES = ("minilm", "shuffled", "noisy", "random", "cased", "on-movies", "on-tweets", "on-amazon")
@@ -140,6 +141,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2000)
     options = parser.parse_args()
     silence_libraries()
+    freeze_imports()  # As every command does.
     counter = PassCounter()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -15,9 +15,10 @@ from support.coverage import is_covered
 from support.tiny import save_tiny
 from transformers import AutoModel
 
-from hftl.analysis import feature_store
+from hftl.analysis import feature_store, out_of_fold
 from hftl.analysis.facts import RankAnalysis
 from hftl.analysis.out_of_fold import assign_folds, predict_out_of_fold
+from hftl.analysis.probe import find_axes
 from hftl.analysis.rank_intervals import (
     bootstrap_scores,
     compute_gap_interval,
@@ -109,6 +110,21 @@ def test_a_probe_does_not_see_the_row_that_it_predicts() -> None:
     assert 0.3 < np.mean(logits.argmax(1) == labels) < 0.7
     features[:, :20] += 3 * labels[:, None]
     assert np.mean(predict_out_of_fold(features, labels, 2, None).argmax(1) == labels) > 0.95
+
+
+@pytest.mark.parametrize("width", [30, 200])
+def test_probes_of_folds_are_the_same_on_the_axes_of_all_rows(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 150)
+    features = (rng.normal(size=(150, width)) @ rng.normal(size=(width, width)) + 5).astype("f4")
+    features[:, :4] += 3 * np.eye(3, 4)[labels]
+    assert (find_axes(features) is None) == (width == 200), "fewer rows than columns span less"
+    logits = predict_out_of_fold(features, labels, 3, None)
+    monkeypatch.setattr(out_of_fold, "find_axes", lambda *_: None)
+    # The solver stops at a gradient of 1e-6, of other variables on other axes.
+    assert np.allclose(logits, predict_out_of_fold(features, labels, 3, None), atol=1e-3)
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from hftl.runtime.row_store import RowStore, evict_unused
 
 PART_ROWS = 1024
 """Rows whose features are held in memory at once, and lost if a pass is interrupted."""
-LAYOUT = 2
+LAYOUT = 3
 """Raised when the same encoder and rows give other features, or they are stored otherwise."""
 
 

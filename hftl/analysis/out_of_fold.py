@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hftl.analysis.nearest import predict_left_out
-from hftl.analysis.probe import C_GRID, FOLDS, Probe, fit_probe
+from hftl.analysis.probe import C_GRID, FOLDS, Probe, find_axes, fit_probe
 from hftl.errors import DataError
 
 MIN_ROWS = 2 * FOLDS
@@ -75,30 +75,33 @@ def fit_folds(
         intercept: whether the probe has one, see `fit_probe`.
     """
     folds = assign_folds(targets, groups)
-    cs = C_GRID
+    cs, axes = C_GRID, find_axes(features, intercept)
     if outputs > 1:
-        cs = np.array([_choose_penalty(features, targets, outputs, groups, intercept)])
+        cs = np.array([_choose_penalty(features, targets, outputs, groups, intercept, axes)])
     probes = []
     for fold in range(int(folds.max()) + 1):
         train = folds != fold
         own = None if groups is None else groups[train]
-        probes.append(fit_probe(features[train], targets[train], outputs, own, cs, intercept))
+        probes.append(
+            fit_probe(features[train], targets[train], outputs, own, cs, intercept, axes=axes)
+        )
     return folds, probes
 
 
 def _choose_penalty(
     features: np.ndarray, targets: np.ndarray, outputs: int, groups: np.ndarray | None,
-    intercept: bool,
+    intercept: bool, axes: np.ndarray | None,
 ) -> float:  # fmt: skip
     """Return the C of the least cross-validated loss.
 
     Weak penalties take most of the steps and hardly ever serve, so they are tried where the weakest
     of the others is the best.
     """
-    chosen = fit_probe(features, targets, outputs, groups, C_GRID[:STRONG], intercept).penalty
-    if chosen < C_GRID[STRONG - 1]:
-        return chosen
-    return fit_probe(features, targets, outputs, groups, C_GRID[STRONG - 1 :], intercept).penalty
+    for cs in (C_GRID[:STRONG], C_GRID[STRONG - 1 :]):
+        probe = fit_probe(features, targets, outputs, groups, cs, intercept, axes=axes)
+        if probe.penalty < C_GRID[STRONG - 1]:
+            break
+    return probe.penalty
 
 
 def predict_folds(features: np.ndarray, folds: np.ndarray, probes: Sequence[Probe]) -> np.ndarray:

@@ -10,7 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from hftl.analysis.logistic import MAX_AXES, MAX_STEPS, compute_losses, fit_path, turn_rows
+from hftl.analysis.logistic import (
+    MAX_AXES,
+    MAX_STEPS,
+    Axes,
+    compute_losses,
+    fit_path,
+    turn_rows,
+)
 
 FOLDS = 5
 SEARCH_TOLERANCE = 1e-3
@@ -44,6 +51,7 @@ class Probe:
 def fit_probe(
     features: np.ndarray, labels: np.ndarray, outputs: int, groups: np.ndarray | None,
     cs: np.ndarray = C_GRID, intercept: bool = True, weights: np.ndarray | None = None,
+    axes: np.ndarray | None = None,
 ) -> Probe:  # fmt: skip
     """Fit the probe on standardised features, and fold the standardisation into its weights.
 
@@ -56,39 +64,61 @@ def fit_probe(
         cs: the values of C to choose from, for classes; a single one is taken as it is.
         intercept: whether the layer has a bias; if not, features are scaled and not centred.
         weights: of the labels, of their shape; an element of weight 0 does not count. None: all 1.
+        axes: of `find_axes`, of these rows or of some that they are a part of: it takes less time.
     """
     # Words that were cut off have no features.
     known = np.isfinite(features).all(1)
     features, labels = features[known], labels[known]
     weights = None if weights is None else weights[known]
-    mean, scale = features.mean(0, dtype=np.float64), features.std(0, dtype=np.float64)
-    scale[scale < MIN_RELATIVE_STD * np.maximum(1, np.abs(mean))] = np.inf  # its weight becomes 0
-    standard = (features - mean if intercept else features) / scale
+    standard, mean, scale = _standardize(features, intercept)
     grouped = None if groups is None else groups[known]
     weight, bias, penalty = fit_linear(
-        standard, labels, outputs, grouped, cs, ALPHA_GRID, intercept, weights
+        standard, labels, outputs, grouped, cs, ALPHA_GRID, intercept, weights, axes
     )
     weight = weight / scale
     bias = bias - weight @ mean if intercept else np.zeros_like(bias)
     return Probe(weight.astype(np.float32), bias.astype(np.float32), penalty, (weight, bias))
 
 
+def find_axes(features: np.ndarray, intercept: bool = True) -> np.ndarray | None:
+    """Return the axes (width, width) along which standardised features vary.
+
+    Probes of parts of the rows, each part standardised by itself, are solved on them as well: a
+    probe does not depend on axes that are as many as the columns. None where they are fewer.
+    """
+    known = features[np.isfinite(features).all(1)]
+    if len(known) <= known.shape[1]:
+        return None
+    turned = turn_rows(_standardize(known, intercept)[0])
+    return None if turned is None or turned[0].shape[1] < known.shape[1] else turned[1].matrix
+
+
+def _standardize(
+    features: np.ndarray, intercept: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return features (rows, width) of variance 1, and centred for a bias; and means and scales."""
+    mean, scale = features.mean(0, dtype=np.float64), features.std(0, dtype=np.float64)
+    scale[scale < MIN_RELATIVE_STD * np.maximum(1, np.abs(mean))] = np.inf  # its weight becomes 0
+    return (features - mean if intercept else features) / scale, mean, scale
+
+
 def fit_linear(
     x: Any, labels: np.ndarray, outputs: int, groups: np.ndarray | None,
     cs: np.ndarray, alphas: np.ndarray, intercept: bool = True, weights: np.ndarray | None = None,
+    axes: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, float]:  # fmt: skip
     """Fit a linear model: logistic for classes, one a class for multi-label, ridge for a target.
 
     Shapes as in `fit_probe` and `fit_logistic`.
     """
-    turned = turn_rows(x)
+    turned = turn_rows(x) if axes is None else (x @ axes.T, Axes(np.eye(len(axes)), axes))
     # scikit-learn's ridge regression refuses rows without a column.
     if turned is not None and turned[0].shape[1]:
-        rows, axes = turned
+        rows, span = turned
         weight, bias, penalty = _fit_turned(
             rows, labels, outputs, groups, cs, alphas, intercept, weights
         )
-        return axes.expand(weight), bias, penalty
+        return span.expand(weight), bias, penalty
     return _fit_turned(x, labels, outputs, groups, cs, alphas, intercept, weights)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
 import numpy as np
+from scipy import linalg
 from scipy.special import logsumexp
 
 CODING_PRECISION = 1e-4
@@ -20,6 +21,7 @@ SMALLEST_RATIO, LARGEST_RATIO = 1e-10, 1e8
 """Of noise to weights in LogME, relative to the mean squared singular value."""
 NEGLIGIBLE = 1e-13
 """A squared singular value below this share of the largest is rounding."""
+lapack: Any = linalg.lapack  # Its types name none of its functions.
 
 
 @dataclass(frozen=True)
@@ -67,77 +69,79 @@ def compute_logme(features: np.ndarray, targets: np.ndarray) -> float:
     max over alpha, beta of log N(y; 0, F F^T / alpha + I / beta) / rows (You et al. 2021,
     arXiv:2102.11005), the mean over the columns of y. The authors' fixed point needs hundreds of
     steps where there are fewer rows than columns, and their log |A| then lacks the zero singular
-    values. In the basis of F's left singular vectors the evidence is a sum over rows, its scale has
-    a closed form, and one number is left to search: the ratio of the two.
+    values. The scale of the evidence has a closed form, and one number is left to search: the ratio
+    of alpha to beta. For each it takes a determinant and one solution of F F^T plus the ratio, both
+    cheap once the smaller product of F with itself is tridiagonal, at a quarter of the time of its
+    eigenvectors.
 
     Args:
         features: (rows, width), neither centred nor scaled, as the authors have it.
         targets: (rows,) numbers, or (rows, outputs) of 0 and 1: one column a class.
     """
-    wide = features.astype(np.float64)
     targets = targets.astype(np.float64).reshape(len(targets), -1)
-    squares, energies = _decompose(wide, targets)
-    rest = np.maximum((targets**2).sum(0) - energies.sum(0), 0.0)
-    return float(np.mean(_maximize_evidence(squares, energies, rest, len(targets))))
+    return float(np.mean(_EvidenceProblem.compute(features.astype(np.float64), targets).maximize()))
 
 
-def _decompose(features: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the squared singular values, and the squared targets in the basis of the left vectors.
+@dataclass(frozen=True)
+class _EvidenceProblem:
+    """Hold the smaller of F F^T and F^T F in tridiagonal form, and the targets in its basis.
 
-    The eigenvalues of the smaller product of the features with themselves take a tenth of the time
-    of a singular value decomposition. A direction that float32 features fill with rounding counts
-    as none.
+    `diagonal` (n,), `beside` (n - 1,), n the smaller of rows and width; `rotated` (n, outputs) are
+    y, or F^T y where F^T F is the smaller; `lengths` (outputs,) the squared targets.
     """
-    rows, width = features.shape
-    if rows <= width:
-        squares, left = np.linalg.eigh(features @ features.T)
-        return np.maximum(squares, 0.0), (left.T @ targets) ** 2
-    squares, right = np.linalg.eigh(features.T @ features)
-    present = squares > NEGLIGIBLE * squares[-1]
-    squares = np.where(present, squares, 0.0)
-    projected = (right.T @ (features.T @ targets)) ** 2
-    return squares, projected * np.divide(1.0, squares, out=np.zeros(width), where=present)[:, None]
 
+    diagonal: np.ndarray
+    beside: np.ndarray
+    rotated: np.ndarray
+    lengths: np.ndarray
+    rows: int
+    is_wide: bool
 
-def _maximize_evidence(
-    squares: np.ndarray, energies: np.ndarray, rest: np.ndarray, rows: int
-) -> list[float]:
-    """Return the largest evidence a row over the ratio alpha / beta, one for each output.
+    @classmethod
+    def compute(cls, features: np.ndarray, targets: np.ndarray) -> Self:
+        """Reduce features (rows, width) and targets (rows, outputs), of two rows or more."""
+        if features.shape[1] == 1:  # A column of 0 changes nothing, and no matrix of one is solved.
+            features = np.hstack([features, 0 * features])
+        is_wide = len(features) <= features.shape[1]
+        product = features @ features.T if is_wide else features.T @ features
+        rotated = targets if is_wide else features.T @ targets
+        lengths = (targets**2).sum(0)
+        work = int(lapack.dsytrd_lwork(len(product), lower=1)[0])
+        reflectors, diagonal, beside, scales, _ = lapack.dsytrd(product, lower=1, lwork=work)
+        below = np.asfortranarray(rotated[1:])
+        turned, _, _ = lapack.dormqr("L", "T", reflectors[1:, :-1], scales, below, 64 * len(below))
+        rotated = np.vstack([rotated[:1], turned])
+        return cls(diagonal, beside, rotated, lengths, len(features), is_wide)
 
-    Args:
-        squares: the squared singular values.
-        energies: (values, outputs) the squared targets in the basis of the left singular vectors.
-        rest: (outputs,) the squared targets outside of it.
-        rows: of the features.
-    """
-    from scipy.optimize import minimize_scalar
+    def maximize(self) -> list[float]:
+        """Return the largest evidence a row over the ratio alpha / beta, one for each output."""
+        from scipy.optimize import minimize_scalar
 
-    outside = rows - len(squares)
-    scale = float(squares.mean()) or 1.0
-    floor = np.finfo(np.float64).tiny
+        scale = float(self.diagonal.sum()) / len(self.diagonal) or 1.0
+        grid = np.linspace(np.log(SMALLEST_RATIO), np.log(LARGEST_RATIO), 80) + np.log(scale)
+        coarse = np.stack([self._compute_losses(point, slice(None)) for point in grid])
+        evidences = []
+        for output, best in enumerate(coarse.argmin(0)):
+            own = slice(output, output + 1)
+            optimum: Any = minimize_scalar(
+                lambda point, own=own: float(self._compute_losses(point, own)[0]),
+                bounds=(grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]),
+                method="bounded", options={"xatol": 1e-9},
+            )  # fmt: skip
+            evidences.append(-min(float(optimum.fun), float(coarse[best, output])) / self.rows)
+        return evidences
 
-    def compute(log_ratios: np.ndarray, outputs: slice) -> np.ndarray:
-        """Return minus the log evidence, (ratios, outputs)."""
-        ratios = np.exp(log_ratios)[:, None] * scale
-        variances = squares + ratios
-        misfit = (1 / variances) @ energies[:, outputs]
-        if outside:
-            misfit += rest[outputs] / ratios
-        log_det = np.log(variances).sum(1, keepdims=True) + outside * np.log(ratios)
-        return rows / 2 * (np.log(2 * np.pi * np.maximum(misfit / rows, floor)) + 1) + log_det / 2
-
-    grid = np.linspace(np.log(SMALLEST_RATIO), np.log(LARGEST_RATIO), 80)
-    coarse = compute(grid, slice(None))
-    evidences = []
-    for output, best in enumerate(coarse.argmin(0)):
-        own = slice(output, output + 1)
-        optimum: Any = minimize_scalar(
-            lambda point, own=own: float(compute(np.array([point]), own)[0, 0]),
-            bounds=(grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]),
-            method="bounded", options={"xatol": 1e-9},
-        )  # fmt: skip
-        evidences.append(-min(float(optimum.fun), float(coarse[best, output])) / rows)
-    return evidences
+    def _compute_losses(self, log_ratio: float, outputs: slice) -> np.ndarray:
+        """Return minus the log evidence, (outputs,); inf where the ratio is lost in rounding."""
+        ratio, own = float(np.exp(log_ratio)), self.rotated[:, outputs]
+        pivots, _, solved, info = lapack.dptsv(self.diagonal + ratio, self.beside, own)
+        if info:
+            return np.full(own.shape[1], np.inf)
+        explained = np.einsum("ij,ij->j", own, solved)
+        misfits = explained if self.is_wide else (self.lengths[outputs] - explained) / ratio
+        log_det = float(np.log(pivots).sum()) + (self.rows - len(own)) * log_ratio
+        misfits = np.maximum(misfits / self.rows, np.finfo(np.float64).tiny)
+        return self.rows / 2 * (np.log(2 * np.pi * misfits) + 1) + log_det / 2
 
 
 def compute_h_score(features: CentredFeatures, labels: np.ndarray) -> float:
@@ -148,15 +152,25 @@ def compute_h_score(features: CentredFeatures, labels: np.ndarray) -> float:
     classes less one for any features wider than the rows are many (Bao et al. 2019). Both
     covariances divide by the rows.
     """
-    from sklearn.covariance import ledoit_wolf_shrinkage
-
     rows, counts = features.rows, np.bincount(labels)
-    shrinkage = float(ledoit_wolf_shrinkage(rows, assume_centered=True))
+    shrinkage = _compute_shrinkage(features)
     mean_variance = features.squares.sum() / rows.size
     variances = (1 - shrinkage) * features.squares / len(rows) + shrinkage * mean_variance
     means = np.stack([rows[labels == c].mean(0) for c in range(len(counts))])
     projected = (means @ features.directions) ** 2 / variances
     return (1 - shrinkage) * float(counts / len(rows) @ projected.sum(1))
+
+
+def _compute_shrinkage(features: CentredFeatures) -> float:
+    """Return the shrinkage of Ledoit & Wolf 2004 (J. Multivariate Analysis 88:365-411).
+
+    The mean of x x^T, entry by entry, has a variance of sum |x|^4 less the squared covariance.
+    """
+    rows, width = features.rows.shape
+    squared = float((features.squares**2).sum()) / rows**2
+    apart = squared - float(features.squares.sum() / rows) ** 2 / width
+    noise = float((np.einsum("ij,ij->i", features.rows, features.rows) ** 2).sum()) / rows - squared
+    return min(noise / rows / apart, 1.0) if width > 1 and apart > 0 else 0.0
 
 
 def compute_leep(probabilities: np.ndarray, labels: np.ndarray) -> float:
@@ -229,8 +243,9 @@ def compute_transrate(features: CentredFeatures, labels: np.ndarray) -> TransRat
 
 def _compute_coding_rate(rows: np.ndarray) -> float:
     is_wide = len(rows) <= rows.shape[1]
-    product = rows @ rows.T if is_wide else rows.T @ rows
-    return _sum_coding_rate(np.maximum(np.linalg.eigvalsh(product), 0.0), len(rows))
+    product = (rows @ rows.T if is_wide else rows.T @ rows) / (len(rows) * CODING_PRECISION)
+    # Half the log determinant of I and the product, by the pivots of its Cholesky factor.
+    return float(np.log(np.diag(np.linalg.cholesky(np.eye(len(product)) + product))).sum())
 
 
 def _sum_coding_rate(squares: np.ndarray, rows: int) -> float:

@@ -12,7 +12,7 @@ from hftl.data.image_inputs import ImageInputs
 from hftl.data.patched_inputs import PatchedInputs
 from hftl.data.text_inputs import EncodedRow, TextInputs, WordInputs
 from hftl.models.encoders import accepts_attention_mask, get_blocks
-from hftl.models.features import run_batches
+from hftl.models.features import run_batches, run_fast
 from hftl.models.heads import LoadedModel
 from hftl.models.packing import Packing
 from hftl.models.pooled_model import pool_tokens
@@ -58,7 +58,7 @@ def compute_layer_features(
     for number, row in enumerate(encoded):
         numbers_of[inputs.length(row) if one_length else 0].append(number)
     computed: dict[int, np.ndarray] = {}
-    with _LayerTap(built, inputs) as tap:
+    with run_fast(built.model), _LayerTap(built, inputs) as tap:
         for numbers in numbers_of.values():
             rows = [encoded[number] for number in numbers]
             values = run_batches(built.model, rows, inputs, device, tap.read, "features")
@@ -79,6 +79,7 @@ class _LayerTap(ExitStack):
         self._last: list[Tensor] = []
         self._head_input: list[Tensor] = []
         self._batch: dict[str, Any] = {}
+        self._packing: Packing | None = None
         blocks = get_blocks(built.encoder, built.architecture)
         self._hook(built.model.register_forward_pre_hook(self._catch_batch, with_kwargs=True))
         self._hook(blocks[0].register_forward_pre_hook(self._catch_embeddings, with_kwargs=True))
@@ -94,7 +95,7 @@ class _LayerTap(ExitStack):
         self.callback(handle.remove)
 
     def _catch_batch(self, _: nn.Module, args: Any, batch: dict[str, Any]) -> None:
-        self._batch = batch
+        self._batch, self._packing = batch, None
         self._states.clear()
 
     def _catch_embeddings(self, _: nn.Module, args: Any, more: dict[str, Any]) -> None:
@@ -131,7 +132,8 @@ class _LayerTap(ExitStack):
             return states
         if states.shape[0] == len(mask):
             return states[:, : mask.shape[1]]  # Longformer pads to whole windows
-        return Packing(mask.bool()).unpack(states)
+        self._packing = self._packing or Packing(mask.bool())
+        return self._packing.unpack(states)
 
     def _pool(self, states: Tensor) -> dict[str, Tensor]:
         """Return the states of a batch in every pooling that they allow."""
