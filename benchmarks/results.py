@@ -31,7 +31,7 @@ RESULT_KEYS = ("metric", "own_arm", "ladder", "transfer_gain", "verdict", "data"
         "scratch_search", "reload_difference", "adapt", "forgetting")  # fmt: skip
 SHOWN = ("metric", "own_arm", "ladder", "transfer_gain", "verdict", "adapt", "forgetting")
 """The keys of a record that the pages' tables are written from."""
-PAGES = (ROOT / "README.md", ROOT / "recipes" / "README.md", ROOT / "benchmarks" / "README.md")
+PAGES = tuple(ROOT / part / "README.md" for part in (".", "recipes", "benchmarks", "tests"))
 INDEX = {
     "movies-minilm-lora": "recipes/movies-minilm/lora.yaml",
     "movies-minilm-valence": "recipes/movies-minilm/valence.yaml",

@@ -16,6 +16,7 @@ import pytest
 import typer
 import yaml
 from conftest import sentences, write_csv
+from support.campaign_results import build_table, count_identical, read_campaign
 from typer.testing import CliRunner
 
 from hftl.cli import app
@@ -51,6 +52,14 @@ def test_tables_are_those_of_the_stored_results() -> None:
         assert module.refresh_page(page) == page.read_text(encoding="utf-8"), (
             f"{page.name}: run benchmarks/results.py"
         )
+
+
+def test_counts_of_the_campaign_are_those_of_its_trials() -> None:
+    results = read_campaign()
+    assert results.table == build_table(results.kinds)
+    trials = [trial for kind in results.kinds.values() for trial in kind.trials]
+    words = f"({count_identical(trials)} trials of the last campaign, [tests/README.md]"
+    assert words in README
 
 
 def test_figures_in_the_text_are_those_of_the_stored_results() -> None:
