@@ -13,6 +13,7 @@ from hftl.measure.facts import CalibrationSection
 from hftl.measure.forgetting_facts import Forgotten
 from hftl.measure.record import BaselineGain, Gain, Record
 from hftl.measure.verdict import (
+    LEVEL_NOTES,
     RELOAD_TOLERANCE,
     Estimate,
     ForgettingBudget,
@@ -79,6 +80,9 @@ def test_publishes_only_when_all_three_hold(gain: str, over_head: str, reload: f
     reasons = " / ".join(verdict.reasons)
     level = over_head == "level"
     luck = over_head == "one seed ahead"
+    note = LEVEL_NOTES[verdict.decision]
+    assert verdict.reasons[0].endswith(f"; {note}") == level, "which way it points"
+    assert sum(note in reasons for note in LEVEL_NOTES.values()) == level
     assert ("not better than head" in verdict.reasons[0]) == (level or luck)
     # One seed shows neither that head is better nor that it is not.
     single = [r for r in verdict.reasons if "than head" in r and "rests on" in r]

@@ -19,6 +19,12 @@ RELOAD_TOLERANCE = 1e-5
 ROW_SHARES = ("accuracy", "evaluate:accuracy")
 """Metrics that are a share of rows, so that a share of leaked rows bounds what they gain."""
 
+LEVEL_NOTES = {
+    "publish": "nor is head better, so that this does not hold it",
+    "hold": "this alone would not hold it",
+}
+"""Which way it points that a model is neither better nor worse than `head`, by the decision."""
+
 Judgement = tuple[bool, str]
 """Whether it speaks for publishing, and the reason; '' where there is nothing to say."""
 
@@ -143,10 +149,13 @@ def decide_verdict(
     ]  # fmt: skip
     checks.insert(1 if ahead else 0, (head_holds, head_reason))
     against = [reason for holds, reason in checks if not holds]
+    level = not ahead and head_holds
+    if level:
+        note = LEVEL_NOTES["hold" if against else "publish"]
+        checks[0] = head_holds, f"{head_reason}; {note}"
     if not against:
         return Verdict(decision="publish", reasons=[reason for _, reason in checks if reason])
-    level = not ahead and head_holds
-    return Verdict(decision="hold", reasons=[head_reason, *against] if level else against)
+    return Verdict(decision="hold", reasons=[checks[0][1], *against] if level else against)
 
 
 def decide_adaptation_verdict(stages: list[AdaptStage]) -> Verdict:
@@ -268,7 +277,7 @@ def _judge_leakage(leakage: Leakage | None, gain: BaselineGain | None) -> Judgem
         "of one in another split"
     )
     if not leakage.is_share:
-        return True, f"{text}; how much of the gain is theirs is not known"
+        return True, f"{text}; it does not hold, as how much of the gain is theirs is not known"
     if gain.ci95[0] > leakage.share:
         return True, f"{text}, fewer than the gain"
     return False, f"{text}, as many as the gain's lower bound of {gain.ci95[0]:+.3f}"
