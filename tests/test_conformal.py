@@ -17,9 +17,11 @@ from hftl.inference.predict_table import predict_table
 from hftl.inference.published_scores import find_set_quantile
 from hftl.measure.conformal import (
     MAX_SCORES,
+    compute_distances,
     compute_scores,
     count_rows_needed,
     estimate_spread,
+    find_members,
     find_quantile,
     find_stored_rank,
     select_scores,
@@ -103,6 +105,7 @@ def test_the_section_says_how_often_sets_held() -> None:
     assert list(by_coverage) == [0.8, 0.9, 0.95] and section.rows == len(section.scores) == 300
     quantile = find_quantile(300, section.scores, 0.9)
     members = 1 - softmax(test[0], axis=1) <= quantile
+    assert members.any(1).all(), "so that these sets are those of the definition alone"
     assert by_coverage[0.9].size == pytest.approx(members.sum(1).mean())
     held = members[np.arange(300), test[1]].mean()
     assert by_coverage[0.9].held.value == pytest.approx(held)
@@ -118,6 +121,24 @@ def test_the_section_says_how_often_sets_held() -> None:
                             np.arange(300), None)  # fmt: skip
     assert [figure.coverage for figure in few.test] == [0.8]
     assert "--coverage" not in render(make_record() | {"conformal": few.to_dict()})
+
+
+def test_a_model_that_is_nearly_always_right_gives_no_empty_sets() -> None:
+    rng = np.random.default_rng(5)
+    labels = rng.integers(0, 3, 400)
+    logits = np.eye(3)[labels] * rng.uniform(9, 15, (400, 1))
+    validation, test = (logits[:200], labels[:200]), (logits[200:], labels[200:])
+    section = measure_conformal(validation, test, "classification", np.arange(200), None)
+    quantile = find_quantile(200, section.scores, 0.8)
+    assert quantile is not None and quantile < 1e-3
+    bare = compute_distances(test[0], "classification") <= quantile
+    assert 20 < (~bare.any(1)).sum() < 60, "a fifth would be empty"
+    assert [(f.held.value, f.size) for f in section.test] == [(1.0, 1.0)] * 3
+    members = find_members(test[0], "classification", quantile)
+    assert (members.argmax(1) == labels[200:]).all() and (members.sum(1) == 1).all()
+    assert (members[bare.any(1)] == bare[bare.any(1)]).all()
+    wrong = find_members(-np.abs(logits[:5]), "multi-label", quantile)
+    assert not wrong.any(), "of several labels none may hold"
 
 
 STORED = PublishedConformal(rows=19, scores=[n / 20 for n in range(1, 20)])
@@ -191,5 +212,7 @@ def test_sets_are_those_of_mapie(rows: int) -> None:
     scores = select_scores(compute_scores(logits[0], labels[calibrate], "classification"))
     quantile = find_quantile(rows, scores, 0.9)
     assert quantile is not None
-    sets = 1 - softmax(logits[1], axis=1) <= quantile + 1e-12
-    assert (sets == expected[:, :, 0]).all()
+    sets = find_members(logits[1], "classification", quantile + 1e-12)
+    is_empty = ~expected[:, :, 0].any(1)
+    assert (sets == expected[:, :, 0])[~is_empty].all()
+    assert (sets[is_empty].sum(1) == 1).all(), "the likeliest class stands in an empty set"

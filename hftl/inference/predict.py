@@ -46,7 +46,7 @@ class Prediction(TypedDict):
     for words of each tag, None for a word beyond the model's length; multi-label has none.
     `scores` are those of all classes, of whole inputs. With a coverage, `set` are the classes that
     hold the true one, or all true ones, as often as it says, and `interval` the same of a number;
-    a set is empty where no class is likely enough.
+    a multi-label set is empty where no label is likely enough.
     """
 
     label: ClassName | list[ClassName] | float

@@ -12,9 +12,9 @@ import numpy as np
 from hftl.errors import RecipeError
 from hftl.measure.conformal import (
     TASKS,
-    compute_distances,
     count_rows_needed,
     estimate_spread,
+    find_members,
     find_quantile,
     find_stored_rank,
 )
@@ -94,11 +94,14 @@ def find_set_quantile(
             f"validation, and the model was measured on {conformal.rows}",
             "Give a smaller coverage, or train with a larger data.validation",
         )
-    return quantile, _format_basis(conformal, coverage, rank)
+    return quantile, _format_basis(conformal, task, coverage, rank)
 
 
-def _format_basis(conformal: PublishedConformal, coverage: float, rank: int) -> str:
+def _format_basis(conformal: PublishedConformal, task: str, coverage: float, rank: int) -> str:
     low, high = estimate_spread(conformal.rows, rank)
+    always = ""
+    if task == "classification":
+        always = "; the likeliest class is always in a set, so that coverage can be higher"
     rows = f"{conformal.rows:,} rows of validation"
     spread = f"{low:.3f} to {high:.3f} in 95 of 100 such splits"
     if conformal.groups is not None:
@@ -106,17 +109,10 @@ def _format_basis(conformal: PublishedConformal, coverage: float, rank: int) -> 
         spread += " if rows of a group were independent"
     return (
         f"{coverage:g} for inputs like the {rows} ({spread}); approximate where validation also "
-        "chose the weights (an epoch, a seed)"
+        f"chose the weights (an epoch, a seed){always}"
     )
 
 
 def list_set_members(logits: np.ndarray, task: str, quantile: float) -> list[list[int]]:
-    """Return the classes in the set of each row, by their position.
-
-    Args:
-        logits: (rows, classes).
-        task: classification or multi-label.
-        quantile: see `find_set_quantile`.
-    """
-    inside = compute_distances(logits, task) <= quantile
-    return [np.flatnonzero(row).tolist() for row in inside]
+    """Return the classes in the set of each row, by their position; see `find_members`."""
+    return [np.flatnonzero(row).tolist() for row in find_members(logits, task, quantile)]

@@ -5,6 +5,12 @@ validation are from theirs (Vovk et al. 2005; Sadinle et al. 2019, JASA 114:223-
 that is exchangeable with the rows of validation it holds the label with at least the nominal
 probability, and at most 1 / (rows + 1) more, whatever the model. Where validation also chose the
 epoch or the seed that is published, this is approximate.
+
+Of one class an input, a set is never empty: the likeliest class is always in it. Where the model is
+nearly always right the quantile is so small that inputs it is hardly less sure of would have empty
+sets, which cover as often as asked and tell nobody anything. The class that is added can only raise
+coverage above the nominal (Sadinle et al. 2019 give this as a remedy of null predictions). For
+several labels an empty set is an answer: none holds.
 """
 
 import math
@@ -46,6 +52,20 @@ def compute_scores(logits: np.ndarray, labels: np.ndarray, task: str) -> np.ndar
     if task == "classification":
         return distances[np.arange(len(labels)), labels]
     return np.where(labels > 0, distances, 0.0).max(1)
+
+
+def find_members(logits: np.ndarray, task: str, quantile: float) -> np.ndarray:
+    """Return which classes are in the set of each row, (rows, classes) bool.
+
+    Args:
+        logits: (rows, classes).
+        task: classification, whose sets hold the likeliest class at least, or multi-label.
+        quantile: see `find_quantile`.
+    """
+    members = compute_distances(logits, task) <= quantile
+    if task == "classification":
+        members[np.arange(len(logits)), logits.argmax(1)] = True
+    return members
 
 
 def select_scores(scores: np.ndarray) -> list[float]:

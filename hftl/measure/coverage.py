@@ -2,12 +2,7 @@
 
 import numpy as np
 
-from hftl.measure.conformal import (
-    compute_distances,
-    compute_scores,
-    find_quantile,
-    select_scores,
-)
+from hftl.measure.conformal import compute_scores, find_members, find_quantile, select_scores
 from hftl.measure.facts import ConformalSection, CoverageFigure, ScoreEstimate
 from hftl.measure.metrics import find_metric
 from hftl.measure.scores import score_with_interval
@@ -29,18 +24,26 @@ def measure_conformal(
         groups: that the rows of validation come in; None where each is for itself.
     """
     rows, scores = len(validation[1]), select_scores(compute_scores(*validation, task))
-    test_scores = compute_scores(*test, task)
     figures: list[CoverageFigure] = []
     for coverage in MEASURED_COVERAGES:
         quantile = find_quantile(rows, scores, coverage)
         if quantile is not None:
-            holds = test_scores <= quantile
-            size = 2 * quantile
-            if task != "regression":
-                size = float((compute_distances(test[0], task) <= quantile).sum(1).mean())
+            holds, size = _measure_sets(*test, task, quantile)
             held = _estimate_share(holds, units)
             figures.append(CoverageFigure(coverage=coverage, held=held, size=size))
     return ConformalSection(rows=rows, groups=groups, scores=scores, test=figures)
+
+
+def _measure_sets(
+    logits: np.ndarray, labels: np.ndarray, task: str, quantile: float
+) -> tuple[np.ndarray, float]:
+    """Return which rows' sets or intervals hold the truth, (rows,) bool, and their mean size."""
+    if task == "regression":
+        return compute_scores(logits, labels, task) <= quantile, 2 * quantile
+    members = find_members(logits, task, quantile)
+    if task == "classification":
+        return members[np.arange(len(labels)), labels], float(members.sum(1).mean())
+    return np.asarray((members | (labels <= 0)).all(1)), float(members.sum(1).mean())
 
 
 def _estimate_share(holds: np.ndarray, units: np.ndarray) -> ScoreEstimate:
