@@ -136,6 +136,7 @@ def make_run(task: str, size: int, seed: int, assets: Path, derived: Path) -> di
     from hftl.finetune.baselines import solve_arm, train_scratch
     from hftl.pipeline.advice import measure_task_features
     from hftl.pipeline.pipeline import open_recipe
+    from hftl.train.facts import ScratchSearch
 
     recipe = Recipe.parse(build_recipe(task, size, seed, assets, derived))
     context = open_recipe(recipe)
@@ -151,7 +152,8 @@ def make_run(task: str, size: int, seed: int, assets: Path, derived: Path) -> di
             output = solve_arm(context, arm, seed)
         elif arm.spec.schedule == "rate_search":
             search = recipe.measure.scratch
-            output = train_scratch(context, arm.finetune, search, search.learning_rates[0], seed)
+            chosen = ScratchSearch(learning_rate=search.learning_rates[0])
+            output = train_scratch(context, arm.finetune, search, chosen, seed)
         else:
             output = train_arm(context, arm.finetune, seed, compared=False)
         predictions = context.prepared.decode_for_metrics(rows, output.logits["test"])

@@ -41,6 +41,7 @@ from hftl.retain.weights import L2SP
 from hftl.runtime import interruption
 from hftl.runtime.interruption import defer_signals
 from hftl.train import step_checkpoint
+from hftl.train.facts import ScratchSearch
 from hftl.train.step_checkpoint import CheckpointSpec, CheckpointWriter, find_checkpoint
 from hftl.train.trainer import TransferTrainer
 
@@ -91,7 +92,8 @@ def train(
     checkpoints = None if folder is None else CheckpointSpec(folder, KEY, every=1)
     if strategy == "scratch":
         search = Recipe.parse({"source": {"model": "m"}, "data": {"train": {"path": "t"}}}).measure
-        return train_scratch(context, section, search.scratch, 1e-3, 0, checkpoints)
+        chosen = ScratchSearch(learning_rate=1e-3)
+        return train_scratch(context, section, search.scratch, chosen, 0, checkpoints)
     retention = Retention([KLToOriginal(0.5), L2SP(0.1)])
     if context.general is not None and strategy in ("lora", "full"):
         retention = replace(retention, general=context.build_general_dataset(), ratio=0.5)

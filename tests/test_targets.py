@@ -32,6 +32,7 @@ from hftl.pipeline.retention import build_retention
 from hftl.retain.kl import KLToOriginal
 from hftl.retain.regularizer import Retention
 from hftl.train.arguments import build_finetune_arguments
+from hftl.train.facts import ScratchSearch
 
 pytestmark = pytest.mark.usefixtures("fast_reload")
 
@@ -97,12 +98,13 @@ def train(context: ExperimentContext, recipe: Recipe) -> Any:
 # Arms
 
 
-SEARCH = Search(learning_rates=[5e-3], epochs_factor=1)
+SEARCH, CHOSEN = Search(epochs_factor=1), ScratchSearch(learning_rate=5e-3)
 ARMS: dict[str, tuple[Run, dict[str, Any]]] = {
     "head": (lambda context, recipe: solve_head(context, recipe.finetune, 0), {}),
     "classical": (lambda context, recipe: solve_classical(context, 0), {}),
-    "scratch": (lambda context, recipe: train_scratch(context, recipe.finetune, SEARCH, 5e-3, 0),
-                {}),
+    "scratch": (
+        lambda context, recipe: train_scratch(context, recipe.finetune, SEARCH, CHOSEN, 0), {},
+    ),
     "full": (train, {"strategy": "full"}),
     "gradual": (train, {"strategy": "gradual", "gradual": {"epochs": 1, "final_epochs": 1}}),
     "lora": (train, {"strategy": "lora", "head_init": "random", "pooling": "native"}),
