@@ -17,6 +17,7 @@ from hftl.card.sections import describe_scratch_search
 from hftl.config.finetune import Finetune
 from hftl.config.measure import Search
 from hftl.config.recipe import Recipe
+from hftl.errors import NumericError
 from hftl.finetune import arm_files, baselines, classical, pretraining_heads
 from hftl.finetune.arm_files import ArmOutput
 from hftl.finetune.baselines import solve_majority
@@ -38,9 +39,16 @@ def build_context(model: Path, folder: Path, rows: list[Any], **data: Any) -> Ex
     }))  # fmt: skip
 
 
-@pytest.mark.parametrize("whole", [True, False], ids=["whole as good", "a third better"])
+@pytest.mark.parametrize(
+    ("whole", "words"),
+    [
+        ("as good", None),
+        ("worse", "over the whole budget it scored less, and each seed trains for a third"),
+        ("diverged", "over the whole budget it diverged, and each seed trains for a third"),
+    ],
+)
 def test_scratch_trains_as_long_as_validation_prefers_at_its_own_rate(
-    context: ExperimentContext, monkeypatch: pytest.MonkeyPatch, whole: bool
+    context: ExperimentContext, monkeypatch: pytest.MonkeyPatch, whole: str, words: str | None
 ) -> None:
     trainings: list[dict[str, Any]] = []
     predicted: list[tuple[str, ...]] = []
@@ -57,8 +65,11 @@ def test_scratch_trains_as_long_as_validation_prefers_at_its_own_rate(
         rows = context.prepared.rows
         right = np.eye(2)[context.prepared.encode_targets(rows["validation"])]
         # The second rate alone is right on validation, and over the whole budget as `whole` says.
-        long_enough = whole or training["num_train_epochs"] < 12
-        sign = 1 if training["learning_rate"] == 3e-3 and long_enough else -1
+        is_whole = training["num_train_epochs"] == 12
+        if is_whole and whole == "diverged":
+            raise NumericError("NaN", "Lower it")
+        is_right = training["learning_rate"] == 3e-3 and (whole == "as good" or not is_whole)
+        sign = 1 if is_right else -1
         logits = {"validation": sign * right, "test": np.zeros((len(rows["test"]), 2))}
         return ArmOutput(logits, {}, 0)
 
@@ -70,10 +81,11 @@ def test_scratch_trains_as_long_as_validation_prefers_at_its_own_rate(
     assert [t["num_train_epochs"] for t in trainings] == pytest.approx([4, 4, 4, 12])
     assert [t["learning_rate"] for t in trainings] == [1e-3, 3e-3, 1e-2, 3e-3]
     assert predicted == [("validation",)] * 4, "rate and length are chosen on validation alone"
-    assert ("a third of the budget" in describe_scratch_search(result)) is not whole
+    said = describe_scratch_search(result)
+    assert words in said if words else "whole budget" not in said
     baselines.train_scratch(context, section, search, result, 0)
     assert predicted[4] == ("validation", "test")
-    assert trainings[-1]["num_train_epochs"] == pytest.approx(12 if whole else 4)
+    assert trainings[-1]["num_train_epochs"] == pytest.approx(4 if words else 12)
     assert trainings[-1]["learning_rate"] == 3e-3
 
 

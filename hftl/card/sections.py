@@ -137,7 +137,9 @@ def describe_scratch_search(search: ScratchSearch) -> str:
     """Return in a few words how scratch's learning rate and its length were chosen."""
     words = f"learning rate {search.learning_rate:.3g} scored best on validation"
     if search.share < 1:
-        words += "; a third of the budget scored more than the whole, and each seed trains for it"
+        diverged = search.whole is not None and search.whole.metrics is None
+        fate = "diverged" if diverged else "scored less"
+        words += f"; over the whole budget it {fate}, and each seed trains for a third of that"
     if search.beyond:
         rates = " and ".join(f"{rate:.3g}" for rate in search.beyond)
         verb = "was" if len(search.beyond) == 1 else "were"

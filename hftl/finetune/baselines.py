@@ -77,22 +77,23 @@ def search_rate(
     best = _select_rate(context.prepared.task, tried)
     while len(beyond) < MAX_EXTRA_RATES and (rate := propose_rate(tried, best)) is not None:
         title = f"scratch: rate {rate:.3g} (added, as {best:.3g} was best, at the end)"
-        make = partial(
-            _try_rate, context, finetune, search, rate, SEARCH_SHARE, seed, title, say
-        )
+        make = partial(_try_rate, context, finetune, search, rate, SEARCH_SHARE, seed, title, say)
         tried.append(attempt(rate, SEARCH_SHARE, make))
         beyond.append(rate)
         best = _select_rate(context.prepared.task, tried)
-    edge = propose_rate(tried, best) is not None
     make = partial(
         _try_rate, context, finetune, search, best, 1.0, seed,
         f"scratch: rate {best:.3g} over the whole budget", say,
     )  # fmt: skip
     whole = attempt(best, 1.0, make)
     part = next(row for row in tried if row.learning_rate == best)
-    share = SEARCH_SHARE if _is_better(context.prepared.task, part, whole) else 1.0
     return ScratchSearch(
-        learning_rate=best, share=share, at_edge=edge, beyond=beyond, tried=tried, whole=whole
+        learning_rate=best,
+        share=SEARCH_SHARE if _is_better(context.prepared.task, part, whole) else 1.0,
+        at_edge=propose_rate(tried, best) is not None,
+        beyond=beyond,
+        tried=tried,
+        whole=whole,
     )
 
 

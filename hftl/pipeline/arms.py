@@ -231,10 +231,10 @@ def _run_arm(run: Run, context: ExperimentContext, job: Job) -> ArmOutput:
     checkpoints = CheckpointSpec(run.checkpoints(arm.name, seed), key)
     if arm.spec.schedule == "rate_search":
         chosen = search_scratch_rate(run, context, job)
-        key |= {"rate": chosen.learning_rate, "share": chosen.share}
+        trained_as = {"rate": chosen.learning_rate, "share": chosen.share}
         return baselines.train_scratch(
             context, arm.finetune, run.recipe.measure.scratch, chosen, seed,
-            replace(checkpoints, cache_key=key),
+            replace(checkpoints, cache_key={**key, **trained_as}),
         )  # fmt: skip
     facts = TrainingFacts()
     if arm.retain is not None and arm.retain.has_auto_weight:
