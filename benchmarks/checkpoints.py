@@ -33,7 +33,8 @@ import hftl
 from hftl.console import format_table
 from hftl.data.prepare import prepare_data
 from hftl.finetune.arm import train_arm
-from hftl.finetune.context import ExperimentContext, build_context, infer_input_spec
+from hftl.finetune.build_context import build_context, infer_input_spec
+from hftl.finetune.context import ExperimentContext
 from hftl.models.source import find_source
 from hftl.pipeline import pipeline
 from hftl.retain.regularizer import Retention

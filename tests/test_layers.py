@@ -243,3 +243,33 @@ def test_a_library_is_imported_where_it_is_used(start: str, late: tuple[str, ...
             pending += new
             reached |= new
     assert len(reached) > 10
+
+
+def list_names(path: Path) -> set[str]:
+    """Return the names that a module defines or imports, and those of a folder's modules."""
+    names = {child.stem for child in path.parent.iterdir()} if path.name == "__init__.py" else set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in node.names}
+    return names
+
+
+def test_benchmarks_import_what_hftl_has() -> None:
+    missing, known = [], {}
+    for path in sorted((ROOT.parent / "benchmarks").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("hftl"):
+                continue
+            place = ROOT.parent.joinpath(*str(node.module).split("."))
+            home = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+            if home not in known:
+                known[home] = list_names(home)
+            missing += [
+                f"{path.name}: {node.module}.{alias.name}"
+                for alias in node.names if alias.name not in known[home]
+            ]  # fmt: skip
+    assert missing == [] and len(known) > 50
