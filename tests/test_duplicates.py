@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import tracemalloc
 import unicodedata
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from imagehash import phash
 from PIL import Image
+from scipy.fft import dctn
 
 from hftl.data.duplicates import (
     NearImageIndex,
@@ -153,6 +155,33 @@ def test_garments_of_one_shape_are_no_near_copies_and_resized_pictures_are() -> 
         (str(i), str(i)) for i in range(10)
     }
     assert count_near_images(rows) == 10
+
+
+def test_many_pictures_of_one_outline_are_compared_in_little_memory() -> None:
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(60, 196, (100, 256))
+    # Hardly changed, in another brightness, and another picture.
+    thumbnails = np.concatenate([drawn, drawn + rng.integers(-3, 4, drawn.shape), drawn // 2 + 90])
+    rows = [
+        Row((str(n),), "x", None, n, "", perceptual_hash=7, thumbnail=pixels.tobytes())
+        for n, pixels in enumerate(thumbnails.astype(np.uint8))
+    ]
+    waves = dctn(thumbnails.astype(float).reshape(-1, 16, 16), axes=(1, 2)).reshape(300, 256)
+    signs = waves > np.median(waves, axis=1, keepdims=True)
+    expected = {
+        (i, j)
+        for i, j in itertools.combinations(range(300), 2)
+        if abs(thumbnails[i] - thumbnails[j]).mean() <= 4 or (signs[i] != signs[j]).sum() <= 30
+    }
+    assert {(n, n + 100) for n in range(100)} <= expected and len(expected) == 300
+    tracemalloc.start()
+    pairs = find_near_copies({"train": rows, "validation": [], "test": []})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert {(pair.row.index, pair.other.index) for pair in pairs} == expected
+    assert peak < 80e6, "of 45 000 pairs no more than a part lies in memory at once"
+    assert count_near_images({"train": rows[:100], "validation": [], "test": rows[100:]}) == 200
+    assert count_near_images({"train": [], "validation": [], "test": []}) == 0
 
 
 # Near texts

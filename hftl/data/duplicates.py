@@ -34,7 +34,10 @@ and re-encoded copies of theirs differ by .9 to 3 in the median, smooth pictures
 signs are for other colours, and were counted on hashes of 64 x 64 pixels: garments 32 at least and
 66 in the median, copies 2 to 18, two drawings of clip art in other colours 22 and 30."""
 CHUNK_PAIRS = 1 << 22
-"""Pairs of images that are compared at once."""
+"""Pairs of hashes that are compared at once."""
+CHUNK_THUMBNAILS = 1 << 13
+"""Thumbnails, or pairs of them, whose pixels are compared at once: pictures of one outline, such as
+radiographs, may all have near hashes."""
 WORD = re.compile(r"[^\W_]+")
 SHINGLE_WORDS = 3
 LSH_BANDS, LSH_ROWS = 32, 4
@@ -94,11 +97,13 @@ def _round_target(label: Label) -> Label:
 
 @dataclass(frozen=True)
 class PictureHashes:
-    """Hold perceptual hashes (n,) uint64 of pictures, their thumbnails (n, side, side) uint8, and
-    whether these are known, (n,): rows that an older version stored have none."""
+    """Hold perceptual hashes (n,) uint64 of pictures, their thumbnails (n, side * side) uint8, the
+    signs of the thumbnails' frequencies as bits, (n, 4) uint64, and whether thumbnails are known,
+    (n,): rows that an older version stored have none."""
 
     hashes: np.ndarray
     thumbnails: np.ndarray
+    signs: np.ndarray
     is_known: np.ndarray
 
     @classmethod
@@ -106,38 +111,63 @@ class PictureHashes:
         """Return the hashes and thumbnails of rows that have a hash."""
         blank = bytes(THUMBNAIL_SIDE**2)
         pixels = b"".join(row.thumbnail or blank for row in rows)
+        thumbnails = np.frombuffer(pixels, np.uint8).reshape(len(rows), len(blank))
+        parts = [
+            compute_frequency_signs(thumbnails[start : start + CHUNK_THUMBNAILS])
+            for start in range(0, max(1, len(rows)), CHUNK_THUMBNAILS)
+        ]
         return cls(
             np.array([row.perceptual_hash for row in rows], dtype=np.uint64),
-            np.frombuffer(pixels, np.uint8).reshape(len(rows), THUMBNAIL_SIDE, THUMBNAIL_SIDE),
+            thumbnails,
+            np.concatenate(parts),
             np.array([row.thumbnail is not None for row in rows], dtype=bool),
         )
 
     def find_near(self, others: "PictureHashes") -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield positions of near copies here and among the others, a part at a time."""
+        """Yield positions of near copies here and among the others, a part at a time.
+
+        All near copies of a picture are in one part.
+        """
         step = max(1, CHUNK_PAIRS // max(1, others.hashes.size))
         for start in range(0, self.hashes.size if others.hashes.size else 0, step):
             distances = np.bitwise_count(self.hashes[start : start + step, None] ^ others.hashes)
             left, right = np.nonzero(distances <= MAX_HASH_DISTANCE)
             left = left + start
-            near = compare_thumbnails(self.thumbnails[left], others.thumbnails[right])
-            near |= ~(self.is_known[left] & others.is_known[right])
+            near = np.zeros(len(left), dtype=bool)
+            for begin in range(0, len(left), CHUNK_THUMBNAILS):
+                part = slice(begin, begin + CHUNK_THUMBNAILS)
+                near[part] = self._compare_thumbnails(left[part], others, right[part])
             yield left[near], right[near]
 
+    def _compare_thumbnails(
+        self, left: np.ndarray, others: "PictureHashes", right: np.ndarray
+    ) -> np.ndarray:
+        """Return which pairs of pictures of near hashes are near copies, (pairs,) bool.
 
-def compare_thumbnails(thumbnails: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Return which pairs of thumbnails, (n, side, side) uint8 each, are of near copies, (n,) bool.
+        Those whose thumbnails differ little are; so are those whose frequencies have nearly the
+        same signs, in other colours or brightness, and those without a known thumbnail.
+        """
+        differing = np.bitwise_count(self.signs[left] ^ others.signs[right]).sum(1)
+        levels = self.thumbnails[left].astype(np.int16) - others.thumbnails[right]
+        is_near = np.abs(levels).mean(1) <= MAX_GREY_DIFFERENCE
+        is_known = self.is_known[left] & others.is_known[right]
+        return is_near | (differing <= MAX_FINE_DISTANCE) | ~is_known
 
-    Two that differ little are; so are two whose frequencies have nearly the same signs, in other
-    colours or brightness. A smooth picture has hardly any frequency with a sign of its own.
+
+def compute_frequency_signs(thumbnails: np.ndarray) -> np.ndarray:
+    """Return which frequencies of thumbnails are above their median, as bits, (n, 4) uint64.
+
+    A smooth picture has hardly any frequency with a sign of its own.
+
+    Args:
+        thumbnails: (n, side * side) uint8.
     """
     from scipy.fft import dctn
 
-    first, second = thumbnails.astype(np.float64), others.astype(np.float64)
-    alike = np.abs(first - second).mean((1, 2)) <= MAX_GREY_DIFFERENCE
-    shape = len(thumbnails), THUMBNAIL_SIDE**2
-    waves = [np.asarray(dctn(each, axes=(1, 2))).reshape(shape) for each in (first, second)]
-    signs = [each > np.median(each, axis=1, keepdims=True) for each in waves]
-    return alike | ((signs[0] != signs[1]).sum(1) <= MAX_FINE_DISTANCE)
+    squares = thumbnails.reshape(-1, THUMBNAIL_SIDE, THUMBNAIL_SIDE).astype(np.float64)
+    waves = np.asarray(dctn(squares, axes=(1, 2))).reshape(thumbnails.shape)
+    signs = waves > np.median(waves, axis=1, keepdims=True)
+    return np.packbits(signs, axis=1).view(np.uint64)
 
 
 def count_near_images(rows: dict[str, list[Row]]) -> int:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -83,11 +83,11 @@ class ImageInputs:
 
     def with_data(self, data: Data) -> "ImageInputs":
         """Return the same inputs for images of other tables, without a cache."""
-        return type(self)(data, self.processor, self.arguments, self.patch_size)
+        return replace(self, data=data, _canvases={})
 
     def with_processor(self, processor: Any) -> "ImageInputs":
         """Return the same inputs under a processor of other settings, without a cache."""
-        return type(self)(self.data, processor, self.arguments, self.patch_size)
+        return replace(self, processor=processor, _canvases={})
 
     @property
     def forward_facts(self) -> dict[str, bool | str] | None:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from transformers.utils.import_utils import is_torchvision_available
 
-from hftl.config.data import TEXT_PLACE, Data
+from hftl.config.data import TEXT_PLACE
 from hftl.data.image_inputs import ImageInputs
 from hftl.data.rows import Row
 from hftl.data.text_inputs import EncodedRow, add_labels
@@ -186,13 +186,6 @@ class PromptedInputs(ImageInputs):
                 "than scale and shift each channel",
                 "Choose a source whose processor only resizes, cuts and normalises",
             )
-
-    def with_data(self, data: Data) -> "PromptedInputs":
-        """Return the same inputs for pictures of other tables, without a cache."""
-        return PromptedInputs(
-            data, self.processor, {}, 1, prompt=self.prompt, max_length=self.max_length,
-            folder=self.folder,
-        )  # fmt: skip
 
     def hash_preprocessing(self) -> str:
         """Return the hash of what makes tokens and pixels of a row."""
