@@ -19,6 +19,7 @@ from hftl.analysis import feature_store, out_of_fold
 from hftl.analysis.facts import RankAnalysis
 from hftl.analysis.out_of_fold import assign_folds, predict_out_of_fold
 from hftl.analysis.probe import find_axes
+from hftl.analysis.rank import score_constant
 from hftl.analysis.rank_intervals import (
     bootstrap_scores,
     compute_gap_interval,
@@ -26,7 +27,8 @@ from hftl.analysis.rank_intervals import (
 )
 from hftl.card.analysis_plots import plot_rank
 from hftl.config.recipe import Recipe
-from hftl.errors import DataError
+from hftl.errors import DataError, NumericError
+from hftl.measure.metrics import METRICS, Metric
 from hftl.pipeline.analyses import write_winner
 
 
@@ -223,6 +225,24 @@ def test_rank_refuses_too_few_rows_and_no_source(
     hftl("rank", recipe_file, "data.task=null", "adapt={objective: mlm}", *run).assert_error(
         2, "data.task"
     )
+
+
+def test_one_answer_for_all_rows_is_a_good_one_or_has_no_score() -> None:
+    targets = np.array([0.0, 1.0, 2.0, 3.0, 50.0])
+    errors = METRICS["regression"]
+    assert score_constant(errors["mae"], "regression", targets) == pytest.approx(52 / 5)  # at 2
+    assert score_constant(errors["rmse"], "regression", targets) == pytest.approx(targets.std())
+    assert score_constant(errors["pearson"], "regression", targets) == 0
+    classes = np.array([0, 1, 1, 2])
+    accuracy = METRICS["classification"]["accuracy"]
+    assert score_constant(accuracy, "classification", classes) == 0.5
+    assert score_constant(accuracy, "multi-label", classes) is None
+
+    def correlate(labels: np.ndarray, predictions: np.ndarray) -> float:
+        raise NumericError("evaluate:pearsonr is nan", "Use a built-in metric")
+
+    metric = Metric("evaluate:pearsonr", score=correlate)
+    assert score_constant(metric, "regression", targets) is None
 
 
 def make_ranking(source: str, layer: int, pooling: str) -> RankAnalysis:

@@ -94,8 +94,9 @@ class RankAnalysis(RecordPart):
     lower_is_better: bool
     rows: int
     constant: float | None = None
-    """The score of the same prediction for every row, the best one in hindsight of the rows: the
-    commonest class, or the mean. Null for other tasks."""
+    """The score of the same prediction for every row, chosen in hindsight of the rows: the
+    commonest class; of mean and median target the better one. Null for other tasks, and where the
+    metric has none."""
     sources: list[RankedSource]
     failed: list[FailedSource]
     first_two: SourceGap | None

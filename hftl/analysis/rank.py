@@ -255,18 +255,28 @@ def _rank(
         )
     return RankAnalysis(
         metric=metric.name, lower_is_better=metric.lower_is_better, rows=len(rows),
-        constant=_score_constant(metric, scored[0].context.prepared.task, labels),
+        constant=score_constant(metric, scored[0].context.prepared.task, labels),
         sources=sources, failed=failed, first_two=gap,
     )  # fmt: skip
 
 
-def _score_constant(metric: Metric, task: str, labels: np.ndarray) -> float | None:
-    """Return the score of one prediction for all rows: what a source has to surpass."""
+def score_constant(metric: Metric, task: str, labels: np.ndarray) -> float | None:
+    """Return the score of one prediction for all rows: what a source has to surpass.
+
+    None for other tasks than classes and targets, and where the metric has no value for predictions
+    that do not vary, as scipy's correlations.
+    """
     if task == "classification":
-        return metric.score(labels, np.full_like(labels, np.bincount(labels).argmax()))
-    if task == "regression":
-        return metric.score(labels, np.full_like(labels, labels.mean()))
-    return None
+        constants = [np.bincount(labels).argmax()]
+    elif task == "regression":
+        constants = [labels.mean(), np.median(labels)]
+    else:
+        return None
+    try:
+        scores = [metric.score(labels, np.full_like(labels, value)) for value in constants]
+    except NumericError:
+        return None
+    return metric.sign * max(metric.sign * score for score in scores)
 
 
 def _describe_source(

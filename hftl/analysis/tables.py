@@ -75,7 +75,8 @@ def format_rank(facts: RankAnalysis) -> str:
 def _describe_gap(facts: RankAnalysis) -> list[str]:
     """Say whether the first two sources can be told apart."""
     if facts.first_two is None:
-        return ["  one source: name others by --source MODEL; `hftl sources` lists well-known ones"]
+        one = "one source was read" if facts.failed else "one source"
+        return [f"  {one}: name others by --source MODEL; `hftl sources` lists well-known ones"]
     first, second = facts.sources[:2]
     interval = format_interval(facts.first_two.ci95)
     gap = f"{facts.first_two.value:.3f} {interval} in {facts.metric}"
