@@ -109,18 +109,23 @@ class PictureHashes:
     @classmethod
     def collect(cls, rows: Sequence[Row]) -> "PictureHashes":
         """Return the hashes and thumbnails of rows that have a hash."""
+        return cls.build([(row.perceptual_hash, row.thumbnail) for row in rows])
+
+    @classmethod
+    def build(cls, pictures: Sequence[tuple[int | None, bytes | None]]) -> "PictureHashes":
+        """Return what is compared of pictures, from the hash and the thumbnail of each."""
         blank = bytes(THUMBNAIL_SIDE**2)
-        pixels = b"".join(row.thumbnail or blank for row in rows)
-        thumbnails = np.frombuffer(pixels, np.uint8).reshape(len(rows), len(blank))
+        pixels = b"".join(thumbnail or blank for _, thumbnail in pictures)
+        thumbnails = np.frombuffer(pixels, np.uint8).reshape(len(pictures), len(blank))
         parts = [
             compute_frequency_signs(thumbnails[start : start + CHUNK_THUMBNAILS])
-            for start in range(0, max(1, len(rows)), CHUNK_THUMBNAILS)
+            for start in range(0, max(1, len(pictures)), CHUNK_THUMBNAILS)
         ]
         return cls(
-            np.array([row.perceptual_hash for row in rows], dtype=np.uint64),
+            np.array([code for code, _ in pictures], dtype=np.uint64),
             thumbnails,
             np.concatenate(parts),
-            np.array([row.thumbnail is not None for row in rows], dtype=bool),
+            np.array([thumbnail is not None for _, thumbnail in pictures], dtype=bool),
         )
 
     def find_near(self, others: "PictureHashes") -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -246,32 +251,31 @@ class NearImageIndex:
     """Index images so that `canvas in index` says whether one of them is the same or nearly so.
 
     Near means: their perceptual hashes, the signs of the 64 lowest frequencies against their median
-    (Zauner 2010), differ in at most `distance` bits. Of a flat image, whose hash is the rounding
-    of its pixels, only an exact copy is near.
+    (Zauner 2010), differ in at most `MAX_HASH_DISTANCE` bits, and their thumbnails are near too,
+    see `PictureHashes`. Of a flat image, whose hash is the rounding of its pixels, only an exact
+    copy is near.
 
     Args:
         canvases: those to index, each (3, height, width) uint8.
-        distance: the largest number of differing bits.
     """
 
-    def __init__(self, canvases: Iterable[np.ndarray], distance: int = MAX_HASH_DISTANCE) -> None:
-        self._distance = distance
+    def __init__(self, canvases: Iterable[np.ndarray]) -> None:
         self._flat: set[tuple[tuple[int, ...], bytes]] = set()
-        hashes = []
+        pictures = []
         for canvas in canvases:
-            image = _convert_to_grey(canvas)
-            if _is_flat(image):
+            found = compute_perceptual_hash(_convert_to_image(canvas))
+            if found is None:
                 self._flat.add(_build_exact_key(canvas))
             else:
-                hashes.append(_compute_hash_bits(image))
-        self._hashes = np.array(hashes, dtype=np.uint64)
+                pictures.append(found)
+        self._pictures = PictureHashes.build(pictures)
 
     def __contains__(self, canvas: np.ndarray) -> bool:
-        image = _convert_to_grey(canvas)
-        if _is_flat(image):
+        found = compute_perceptual_hash(_convert_to_image(canvas))
+        if found is None:
             return _build_exact_key(canvas) in self._flat
-        distances = np.bitwise_count(self._hashes ^ _compute_hash_bits(image))
-        return bool((distances <= self._distance).any())
+        parts = PictureHashes.build([found]).find_near(self._pictures)
+        return any(len(left) > 0 for left, _ in parts)
 
 
 def build_shingles(text: str) -> Shingles:
@@ -310,8 +314,8 @@ def compute_perceptual_hash(image: Image.Image) -> tuple[int, bytes] | None:
     return int(_compute_hash_bits(grey)), thumbnail.tobytes()
 
 
-def _convert_to_grey(canvas: np.ndarray) -> Image.Image:
-    return Image.fromarray(np.ascontiguousarray(canvas.transpose(1, 2, 0))).convert("L")
+def _convert_to_image(canvas: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.ascontiguousarray(canvas.transpose(1, 2, 0)))
 
 
 def _is_flat(image: Image.Image) -> bool:
