@@ -24,8 +24,8 @@ def fit_temperature(
 ) -> float | None:
     """Return the temperature with the least negative log-likelihood (Guo et al. 2017, ICML).
 
-    None where no temperature is the best: of rows that are all right the lowest would be, and of
-    those that say nothing none or the highest.
+    None where rows have no temperature that is the best: of rows that are all right the lowest
+    would be, and the prior alone would say how low; of those that say nothing none or the highest.
 
     Args:
         logits: (rows, classes) of validation.

@@ -102,7 +102,7 @@ class CalibrationSection(RecordPart):
 
     temperature: float | None
     """Fitted on validation, of few rows drawn towards 1; `predict` divides logits by it. None where
-    no finite one is best, and for multi-label."""
+    validation is all right or no finite one is best, and for multi-label."""
     likeliest: float | None = None
     """The temperature of greatest likelihood, which is not drawn; null in older records."""
     labels: dict[str, LabelCurve] | None = None

@@ -277,7 +277,10 @@ def _judge_leakage(leakage: Leakage | None, gain: BaselineGain | None) -> Judgem
         "of one in another split"
     )
     if not leakage.is_share:
-        return True, f"{text}; it does not hold, as how much of the gain is theirs is not known"
+        return (
+            True,
+            f"{text}; how much of the gain is theirs is not known, so that they do not hold it",
+        )
     if gain.ci95[0] > leakage.share:
         return True, f"{text}, fewer than the gain"
     return False, f"{text}, as many as the gain's lower bound of {gain.ci95[0]:+.3f}"
