@@ -1,5 +1,8 @@
 """Compare encoders on packed rows with the same on padded batches, forward and backward."""
 
+import pickle
+from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +120,17 @@ def test_a_packed_model_is_saved_as_the_stock_one(tmp_path: Path) -> None:
     assert loaded.config._attn_implementation == "sdpa"
     expected = padded.eval()(**build_batch()).logits
     torch.testing.assert_close(loaded(**build_batch()).logits, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("copied", [deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_prepared_model_is_copied_and_pickled(copied: Callable[[nn.Module], nn.Module]) -> None:
+    stock = AutoModelForSequenceClassification.from_config(tiny_config("bert"))
+    model = prepare(stock, "lora").eval()
+    other = copied(model)
+    assert torch.equal(other(**build_batch()).logits, model(**build_batch()).logits)
+    kinds = [[type(module).__name__ for module in both.modules()] for both in (model, other)]
+    assert kinds[0] == kinds[1]
+    assert any(isinstance(module, packing.PackedEncoder) for module in other.modules())
 
 
 def test_token_types_and_the_mean_over_tokens() -> None:

@@ -235,8 +235,25 @@ def _is_unchanged_text_encoder(model: Any) -> bool:
 
 
 def _mix_in(module: Any, forward: type) -> None:
+    """Let a module run the forward of another class; its own class keeps its name."""
     kind = type(module)
-    module.__class__ = type(kind.__name__, (forward, kind), {"__module__": kind.__module__})
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        # The name is that of the stock class: pickle is given both classes instead.
+        if type(self) is not mixed:
+            return super(mixed, self).__reduce_ex__(protocol)
+        return _create_mixed, (forward, kind), self.__getstate__()
+
+    namespace = {"__module__": kind.__module__, "__reduce_ex__": reduce}
+    mixed = type(kind.__name__, (forward, kind), namespace)
+    module.__class__ = mixed
+
+
+def _create_mixed(forward: type, kind: Any) -> Any:
+    """Return a module of a class with another's forward, still without its content."""
+    module = kind.__new__(kind)
+    _mix_in(module, forward)
+    return module
 
 
 class _RunsByLength:
