@@ -278,8 +278,22 @@ def test_the_source_is_compared_by_the_features_that_a_run_has(
 
     for module in ("hftl.finetune.context", "hftl.finetune.pretraining_heads"):
         monkeypatch.setattr(f"{module}.compute_frozen_features", count)
-    embeddings = embed_source(context, 0)
+    embeddings = embed_source(context, 0, {"mean"})
     assert passed == [len(context.general.eval_rows)], "test passes no second time"
     assert embeddings.keys() == expected.keys()
     for name, values in expected.items():
         np.testing.assert_allclose(embeddings[name], values, atol=1e-5, err_msg=name)
+
+
+def test_after_a_stop_test_passes_the_source_as_a_head_has_read_it(
+    tmp_path: Path, tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = build_tree(tmp_path, tiny_model("bert"))
+    monkeypatch.setattr("hftl.finetune.pretraining_heads.MAX_NEW_ROWS", 5)
+    for heads, rows in (({"cls"}, 5), ({"mean"}, None)):
+        context = build_context_with_general(tree)
+        embeddings = embed_source(context, 0, heads)
+        (known,) = context.dump_features().values()
+        rows = rows or len(context.prepared.rows["test"])
+        assert len(known) == len(context.general.eval_rows) + rows
+        assert len(embeddings["new"]) == 5

@@ -4,7 +4,7 @@ The heads are the checkpoint's own: masked language, the decoder of masked image
 it was trained for. Beside them the embeddings by which forgetting is measured.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from copy import deepcopy
 from typing import Any
 
@@ -366,21 +366,28 @@ def embed_rows(context: ExperimentContext, loaded: LoadedModel, rows: list[Row])
     return np.concatenate(compute_frozen_features(model, last, encoded, inputs, context.device))
 
 
-def embed_source(context: ExperimentContext, seed: int) -> dict[str, np.ndarray]:
+def embed_source(
+    context: ExperimentContext, seed: int, head_poolings: Collection[str] = ()
+) -> dict[str, np.ndarray]:
     """Return `embed_compared_rows` of the source as it is.
 
-    Of texts that is what a head on frozen features reads, which a run has of test already.
+    Of texts that is what a head on frozen features reads, which a run has of test already. Where
+    it was stopped in between, all of test passes again: the last bits of a row's features depend
+    on the rows that ran with it.
 
     Args:
         context: of the source as it is.
         seed: of weights above the encoder that the checkpoint lacks.
+        head_poolings: those under which heads on its frozen features have read all of test.
     """
     pooling = get_source_pooling(context.source)
     model = build_model(context.source, "regression", pooling, 1, [], seed)
     if context.prepared.modality == "image" or not _embeds_by_features(context, model):
         return embed_compared_rows(context, model)
+    compared = select_compared_rows(context)
+    if pooling in head_poolings:
+        context.extract_features(pooling, seed, context.prepared.rows["test"])
     embeddings = {
-        part: context.extract_features(pooling, seed, rows)
-        for part, rows in select_compared_rows(context).items()
+        part: context.extract_features(pooling, seed, rows) for part, rows in compared.items()
     }
     return embeddings | measure_pretraining_heads(context, model)

@@ -102,7 +102,11 @@ def _load_source_embeddings(run: Run, context: ExperimentContext) -> dict[str, n
         "general": None if context.general is None else context.general.facts.fingerprint,
     }
     if run_folder.read_stage_inputs(stage) != reads:
-        embeddings = embed_source(context, run.recipe.data.seed)
+        heads = {
+            arm.finetune.pooling for arm in run.arms
+            if arm.strategy == "head" and _keeps_source_encoder(arm)
+        }  # fmt: skip
+        embeddings = embed_source(context, run.recipe.data.seed, heads)
         with run_folder.commit_stage(stage, reads) as folder:
             write_embeddings(folder, embeddings)
     return read_embeddings(stage)
