@@ -170,6 +170,11 @@ def test_a_stopped_training_ends_as_one_without_a_stop(
     check_stopped_training(context, finetune, tmp_path)
 
 
+def test_a_size_of_no_whole_patches_is_refused(folder: Path, tiny_model: Tiny) -> None:
+    with pytest.raises(RecipeError, match="no multiple .* patch of 8 pixels. Use 24 or 32"):
+        bench_of(make_image_recipe(folder, tiny_model("siglip2"), image_size=30))
+
+
 @pytest.mark.parametrize(
     ("processor", "message"),
     [

@@ -87,11 +87,13 @@ def cut_into_patches(picture: Tensor, side: int) -> Tensor:
 def limit_patches(processor: Any, image_size: int | None) -> Any:
     """Return a copy whose pictures have as many patches as a square of that side, in pixels.
 
-    None changes nothing.
+    Args:
+        processor: transformers' image processor.
+        image_size: a multiple of the patch; None changes nothing.
     """
     settings = processor.to_dict()
     if image_size is not None and makes_patches(processor):
-        settings["max_num_patches"] = max(1, (image_size // processor.patch_size) ** 2)
+        settings["max_num_patches"] = (image_size // processor.patch_size) ** 2
     return type(processor).from_dict(settings)
 
 

@@ -135,9 +135,18 @@ def build_image_inputs(
     pinned = pin_revisions(data, revisions)
     processor = load_image_processor(source, data.image_size)
     if source.architecture_spec.image_sizes == "patches":
+        _check_whole_patches(data.image_size or patch, patch)
         return PatchedInputs(pinned, limit_patches(processor, data.image_size), {}, patch)
     processor = resize_processor(processor, data.image_size)
     side = get_image_size(processor)
+    _check_whole_patches(side, patch)
+    arguments = build_position_arguments(source.config, side)
+    _check_native_size(source, side)
+    return ImageInputs(pinned, processor, arguments, patch)
+
+
+def _check_whole_patches(side: int, patch: int) -> None:
+    """Refuse a side of pictures, in pixels, that is no multiple of the source's patch."""
     if side % patch:
         below = side // patch * patch
         near = f"{below} or {below + patch}" if below else str(patch)
@@ -145,9 +154,6 @@ def build_image_inputs(
             f"data.image_size={side} is no multiple of the source's patch of {patch} pixels",
             f"Use {near}",
         )
-    arguments = build_position_arguments(source.config, side)
-    _check_native_size(source, side)
-    return ImageInputs(pinned, processor, arguments, patch)
 
 
 def pin_revisions(data: Data, revisions: dict[str, str | None]) -> Data:
