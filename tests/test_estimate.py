@@ -12,6 +12,7 @@ from conftest import bench_of, sentences, write_csv
 from support.adaptations import build_stage, build_task, load_objective
 from transformers import BertModel
 
+from hftl.adapt import adaptation
 from hftl.adapt.adaptation import estimate_adaptation_seconds
 from hftl.config.recipe import Recipe
 from hftl.data.general import load_general
@@ -198,3 +199,24 @@ def test_timing_an_adaptation_moves_no_weight(tiny_model: Callable[..., Path]) -
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert estimate_adaptation_seconds(model, task, build_stage("mlm"), "cpu") > 0
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("device", "timed"), [("cpu", 8), ("cuda", 12)])
+def test_an_accelerator_is_timed_on_steps_of_an_adaptation_as_large_as_its_own(
+    device: str, timed: int, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It works no longer on many rows than on few, which a CPU does."""
+    rows: list[int] = []
+
+    def count(model: Any, batch: dict[str, torch.Tensor], *_: Any) -> PassTime:
+        rows.append(len(batch["input_ids"]))
+        return PassTime(1.0, 1.0)
+
+    source = tiny_model("bert", True)
+    model, task = load_objective("mlm", source), build_task("mlm", source)
+    stage = build_stage("mlm", per_device_train_batch_size=12)
+    for name in ("time_step", "time_forward"):
+        monkeypatch.setattr(adaptation, name, count)
+    monkeypatch.setattr(adaptation, "EVAL_BATCH_SIZE", 2)
+    estimate_adaptation_seconds(model, task, stage, device)
+    assert rows[0] == timed

@@ -252,15 +252,15 @@ def estimate_adaptation_seconds(
     size = int(stage.training.get("per_device_train_batch_size", TRAIN_BATCH_SIZE))
     steps = count_steps(stage, len(rows))
     micro = steps * int(stage.training.get("gradient_accumulation_steps", 1))
-    most = TIMED_ROWS if device == "cpu" else EVAL_BATCH_SIZE
-    timed = min(size, most, len(rows))
+    used = min(size, len(rows))
+    timed = min(used, TIMED_ROWS) if device == "cpu" else used
     batch = _collate_first_rows(task, rows, timed)
-    step = time_step(model, batch, stage.training, device).worked * min(size, len(rows)) / timed
+    step = time_step(model, batch, stage.training, device).worked * used / timed
     looks = 0.0
     for held in (task.held_out, task.general):
         if held is not None:
             count = len(held)  # pyright: ignore[reportArgumentType]
-            timed = min(most, count)
+            timed = min(TIMED_ROWS if device == "cpu" else EVAL_BATCH_SIZE, count)
             batch = _collate_first_rows(task, held, timed)
             seconds = time_forward(model, batch, stage.training, device).worked
             looks += seconds * count / timed
