@@ -81,16 +81,17 @@ def fit_probe(
 
 
 def find_axes(features: np.ndarray, intercept: bool = True) -> np.ndarray | None:
-    """Return the axes (width, width) along which standardised features vary.
+    """Return the axes (width, width) of standardised features, those without variance among them.
 
     Probes of parts of the rows, each part standardised by itself, are solved on them as well: a
-    probe does not depend on axes that are as many as the columns. None where they are fewer.
+    probe does not depend on axes that are as many as the columns. None where there are as many
+    columns as rows, or more than it pays for.
     """
     known = features[np.isfinite(features).all(1)]
-    if len(known) <= known.shape[1]:
+    if not known.shape[1] < len(known) or known.shape[1] > MAX_AXES:
         return None
-    turned = turn_rows(_standardize(known, intercept)[0])
-    return None if turned is None or turned[0].shape[1] < known.shape[1] else turned[1].matrix
+    standard = _standardize(known, intercept)[0]
+    return np.linalg.eigh(standard.T @ standard)[1].T
 
 
 def _standardize(

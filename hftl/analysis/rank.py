@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from hftl.analysis import transferability as transfer
 from hftl.analysis.facts import (
@@ -144,11 +145,21 @@ def _select_rows(context: ExperimentContext, seed: int, most: int) -> list[Row]:
 def _score_source(
     name: str, context: ExperimentContext, rows: list[Row], root: Path, metric: Metric
 ) -> ScoredSource:
-    """Make the pass of one source, find its best site by LogME, and score it there."""
+    """Make the pass of one source, and score its features."""
     started = time.perf_counter()
     store = FeatureStore(context, root)
     passed = store.compute(rows)
     pass_seconds = time.perf_counter() - started if passed else 0.0
+    # Two threads decompose matrices of a few hundred columns in more time than one.
+    with threadpool_limits(1):
+        return _score_features(name, context, rows, store, metric, pass_seconds)
+
+
+def _score_features(
+    name: str, context: ExperimentContext, rows: list[Row], store: FeatureStore, metric: Metric,
+    pass_seconds: float,
+) -> ScoredSource:  # fmt: skip
+    """Find the best site of stored features by LogME, and score them there."""
     started = time.perf_counter()
     targets, groups = context.prepared.encode_targets(rows), context.group_outputs(rows)
     columns = encode_columns(targets, context.num_outputs)
