@@ -273,3 +273,15 @@ def test_checks_read_such_pictures_in_no_other_way(models: dict[str, Path], fold
     context = bench_of(make_recipe(models["llava"], folder))
     rows = context.prepared.rows["validation"]
     assert list_readings(context.inputs, "llava", rows, context.encode_rows) == []
+
+
+def test_inputs_of_other_tables_keep_the_prompt(models: dict[str, Path], folder: Path) -> None:
+    context = bench_of(make_recipe(models["llava"], folder))
+    inputs: Any = context.inputs
+    rows, other = context.prepared.rows["test"], inputs.data.model_copy(update={"max_pixels": 99})
+    context.get_canvases(rows)
+    for changed in (inputs.with_data(other), inputs.with_processor(inputs.processor)):
+        assert (type(changed), changed.prompt) == (type(inputs), inputs.prompt)
+        assert changed.hash_preprocessing() == inputs.hash_preprocessing()
+        assert inputs._canvases and not changed._canvases
+    assert inputs.with_data(other).data is other

@@ -102,8 +102,9 @@ def compare_with_classical(task: TaskFeatures) -> AdviceRule:
     variance = sum(share * (1 - share) for share in (task.probe, task.classical))
     gap, noise = task.probe - task.classical, NOISE * sqrt(variance / task.read_rows)
     numbers = (
-        f"on {task.read_rows:,} rows of train, each by a model of the other folds of {FOLDS}, the "
-        f"probe has accuracy {task.probe:.3f} and the classical model {task.classical:.3f}"
+        f"on {task.read_rows:,} rows of train, each by a model of the other folds ({FOLDS}, fewer "
+        f"of few groups), the probe has accuracy {task.probe:.3f} and the classical model "
+        f"{task.classical:.3f}"
     )
     if gap > noise:
         text = f"{numbers}: the source has something to transfer"

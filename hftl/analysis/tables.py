@@ -58,7 +58,7 @@ def format_rank(facts: RankAnalysis) -> str:
     ]
     read = (
         f"  {facts.rows:,} rows of train; probe: {facts.metric} at the best layer, each row by a "
-        f"model of the other folds of {FOLDS}"
+        f"model of the other folds ({FOLDS}, fewer of few groups)"
     )
     notes = [f"{read}; more is better in every score"]
     if facts.lower_is_better:
