@@ -39,7 +39,7 @@ from speed_figures import RESULT, Environment, JobFigures, SpeedResults, Sweep
 from speed_flops import Peak, count_training
 from speed_hftl import build_command, read_train_seconds
 from speed_inputs import write_inputs
-from speed_jobs import GATE_TOLERANCE, JOBS, Inputs, Job
+from speed_jobs import GATE_TOLERANCE, JOBS, PHASES_FILE, Inputs, Job
 from speed_outputs import compare_outputs
 from speed_process import Usage, run_process
 
@@ -134,7 +134,12 @@ def run_pair(name: str, inputs: Inputs, number: int) -> dict[str, Usage]:
         peer.name for peer in inputs.job.peers if peer.pairs is None or number < peer.pairs
     ]
     taken = {}
-    for contender in contenders if number % 2 == 0 else reversed(contenders):
+    # The peer of gradual unfreezing reads how many phases hftl ran, which a session that goes on
+    # where another stopped has not seen.
+    hftl_first = number % 2 == 0 or (
+        inputs.job.strategy == "gradual" and not (inputs.folder / PHASES_FILE).exists()
+    )
+    for contender in contenders if hftl_first else reversed(contenders):
         taken[contender] = usage = run_contender(inputs, contender)
         train = "" if usage.train is None else f"train {usage.train:.1f} s, "
         print(
