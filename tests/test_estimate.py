@@ -193,6 +193,25 @@ def test_processes_share_the_rows(tree: dict[str, Any], monkeypatch: pytest.Monk
     assert shared - FINISH_SECONDS == pytest.approx((alone - FINISH_SECONDS) / 2)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_length_in_steps_is_counted_in_rows(
+    tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
+    """Steps that processes share hold the rows of each."""
+    monkeypatch.setattr("hftl.runtime.distributed.get_world_size", lambda: processes)
+    tree["measure"]["arms"] = ["scratch"]
+    training, seconds = tree["finetune"]["training"], []
+    rows = len(bench_of(Recipe.parse(tree)).select_train_rows(0))
+    for length in ({"num_train_epochs": 5 * 4 * 3 * processes / rows}, {"max_steps": 5}):
+        tree["finetune"]["training"] = training | length | {
+            "per_device_train_batch_size": 4, "gradient_accumulation_steps": 3,
+        }  # fmt: skip
+        recipe = Recipe.parse(tree)
+        costs = RowCosts(1.0, 1.0, {"full": STEP, "scratch": STEP})
+        seconds.append(estimate_seconds(bench_of(recipe), recipe.arms, recipe, costs))
+    assert seconds[1] == pytest.approx(seconds[0])
+
+
 def test_timing_an_adaptation_moves_no_weight(tiny_model: Callable[..., Path]) -> None:
     source = tiny_model("bert", True)
     model, task = load_objective("mlm", source), build_task("mlm", source)

@@ -71,10 +71,13 @@ class RowCosts:
     frozen: Mapping[str, float] = field(default_factory=dict)
 
 
-def estimate_arm(context: ExperimentContext, arm: Arm, recipe: Recipe, costs: RowCosts) -> ArmCost:
-    """Estimate the seconds of an arm, without what it shares with others.
+def estimate_arm(
+    context: ExperimentContext, arm: Arm, recipe: Recipe, costs: RowCosts, sharing: int = 1
+) -> ArmCost:
+    """Estimate the seconds of an arm on one process, without what it shares with others.
 
-    Trainings count as if none stopped early.
+    Trainings count as if none stopped early. Where `max_steps` sets their length, a step holds rows
+    of every process that shares it, `sharing` of them.
     """
     measured = sum(len(context.prepared.rows[split]) for split in MEASURED_SPLITS)
     if arm.spec.is_solved:
@@ -82,7 +85,7 @@ def estimate_arm(context: ExperimentContext, arm: Arm, recipe: Recipe, costs: Ro
     train = len(context.select_train_rows(recipe.measure.seeds[0]))
     validation = len(context.prepared.rows["validation"])
     embedded = sum(map(len, select_compared_rows(context).values()))
-    epochs, step = _count_epochs(context, arm, recipe), costs.step[arm.name]
+    epochs, step = _count_epochs(context, arm, recipe, sharing), costs.step[arm.name]
     # What frozen blocks return is stored in the first of several epochs.
     once = _estimate_stored_blocks(context, arm, costs) if epochs >= STORED_EPOCHS else 0.0
     seconds_a_row = step + _estimate_retention_per_row(context, arm.retain, step, costs.evaluate)
@@ -140,12 +143,13 @@ def estimate_seconds(
         costs: seconds a row, see `measure_costs`.
     """
     seconds = estimate_solved_seconds(context, jobs, recipe, costs)
+    processes = distributed.get_world_size()
     for name, seeds in Counter(arm.name for arm in jobs).items():
         arm = next(arm for arm in jobs if arm.name == name)
-        cost = estimate_arm(context, arm, recipe, costs)
+        cost = estimate_arm(context, arm, recipe, costs, processes)
         rates = len(recipe.measure.scratch.learning_rates)
         seconds += seeds * cost.seed + rates * cost.rate + cost.choice
-    return seconds / distributed.get_world_size() + FINISH_SECONDS
+    return seconds / processes + FINISH_SECONDS
 
 
 def measure_costs(
@@ -264,18 +268,27 @@ def _divide_time(passed: PassTime, rows: int) -> PassTime:
 
 def _collate_batch(context: ExperimentContext, finetune: Finetune) -> tuple[Batch, int]:
     """Return a batch of training rows, and its number of rows."""
-    size = int(finetune.training.get("per_device_train_batch_size", TRAINER_BATCH))
+    size = _get_batch_size(finetune)
     rows = context.select_train_rows(_get_first_seed(context))[:size]
     return context.inputs.collate([dict(row) for row in context.encode_rows(rows)]), len(rows)
 
 
-def _count_epochs(context: ExperimentContext, arm: Arm, recipe: Recipe) -> float:
+def _get_batch_size(finetune: Finetune) -> int:
+    return int(finetune.training.get("per_device_train_batch_size", TRAINER_BATCH))
+
+
+def _count_epochs(context: ExperimentContext, arm: Arm, recipe: Recipe, sharing: int) -> float:
     """Count how often a training sees its rows, at most."""
+    training = arm.finetune.training
     if arm.spec.schedule == "phases":
         phased = arm.finetune.gradual
         return phased.epochs * (count_blocks(context.source.config) + 1) + phased.final_epochs
     factor = recipe.measure.scratch.epochs_factor if arm.spec.schedule == "rate_search" else 1
-    return factor * float(arm.finetune.training["num_train_epochs"])
+    if training.get("max_steps", 0) > 0:
+        size = _get_batch_size(arm.finetune) * int(training.get("gradient_accumulation_steps", 1))
+        rows = len(context.select_train_rows(recipe.measure.seeds[0]))
+        return factor * training["max_steps"] * size * sharing / rows
+    return factor * float(training["num_train_epochs"])
 
 
 def _estimate_stored_blocks(context: ExperimentContext, arm: Arm, costs: RowCosts) -> float:
