@@ -117,7 +117,7 @@ class _LayerTap(ExitStack):
         """Return (batch, all columns), or (batch, length, all columns) for words."""
         columns: dict[LayerSite, Tensor] = {}
         for layer, states in enumerate([*self._states[:-1], *self._last]):
-            for pooling, pooled in self._pool(self._unpack(states)).items():
+            for pooling, pooled in self._pool(states).items():
                 columns[LayerSite(layer, pooling)] = pooled.float()
         if self._head_input:
             last = LayerSite(len(self._states) - 1, "native")
@@ -135,17 +135,37 @@ class _LayerTap(ExitStack):
         self._packing = self._packing or Packing(mask.bool())
         return self._packing.unpack(states)
 
+    def _pool_packed(self, states: Tensor) -> dict[str, Tensor]:
+        """Return what `_pool` does of packed texts, (1, tokens, width), as they lie."""
+        lengths, tokens = self._batch["attention_mask"].sum(1), states[0]
+        # Texts of a length lie beside each other: there are few lengths in a batch.
+        kinds, counts = (kind.tolist() for kind in lengths.unique_consecutive(return_counts=True))
+        ends = lengths.cumsum(0)
+        texts = tokens[: ends[-1]].split([a * b for a, b in zip(kinds, counts, strict=True)])
+        means = [
+            text.view(-1, kind, text.shape[-1]).mean(1)
+            for text, kind in zip(texts, kinds, strict=True)
+        ]
+        pooled = {"mean": torch.cat(means)}
+        if self._reads_last_token:
+            return pooled | {"last": tokens[ends - 1]}
+        return pooled | {"cls": tokens[ends - lengths]}
+
     def _pool(self, states: Tensor) -> dict[str, Tensor]:
         """Return the states of a batch in every pooling that they allow."""
         if isinstance(self._inputs, WordInputs):
-            return {TOKEN_POOLING: states}
+            return {TOKEN_POOLING: self._unpack(states)}
         if isinstance(self._inputs, TextInputs):
             mask = self._batch["attention_mask"]
+            if len(states) != len(mask):
+                return self._pool_packed(states)
+            states = states[:, : mask.shape[1]]  # Longformer pads to whole windows
             pooled = {"mean": pool_tokens(states, mask, "mean")}
             if self._reads_last_token:
                 # The first token of a decoder has seen nothing; rows are padded on the right.
                 return pooled | {"last": states[torch.arange(len(states)), mask.sum(1) - 1]}
             return pooled | {"cls": pool_tokens(states, mask, "cls")}
+        states = self._unpack(states)
         if states.ndim == 4:
             rows, columns, last = states.shape[1:]
             return {"mean": states.mean((1, 2) if rows == columns != last else (2, 3))}
