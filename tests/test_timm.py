@@ -136,8 +136,9 @@ def open_residual_branches(model: torch.nn.Module) -> None:
 
     Nothing in a branch gets a gradient while the frozen norm at its end multiplies by 0.
     """
+    norms = torch.nn.BatchNorm2d | torch.nn.LayerNorm
     for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d) and not module.weight.any():
+        if isinstance(module, norms) and not module.weight.any():
             torch.nn.init.ones_(module.weight)
 
 
