@@ -74,7 +74,7 @@ def plot_probe(facts: ProbeAnalysis, path: Path) -> None:
     axes.set_xticks(range(max(score.site.layer for score in facts.sites) + 1))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    _add_legend_above(axes)
     image = square.imshow(facts.similarity.cka, vmin=0, vmax=1, origin="lower", cmap="Blues")
     square.set_title(f"CKA between layers, {facts.similarity.pooling}", fontsize=10)
     square.set_xlabel("layer")
@@ -130,8 +130,13 @@ def plot_curve(facts: CurveAnalysis, path: Path) -> None:
     axes.set_ylabel(f"test {facts.metric}, {better} is better")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    _add_legend_above(axes)
     save_figure(figure, path)
+
+
+def _add_legend_above(axes: Any) -> None:
+    """Add a legend over the frame, where no line or band is."""
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=8)
 
 
 def plot_distance(facts: DistanceAnalysis, path: Path) -> None:
