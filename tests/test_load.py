@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 
 from hftl.config.data import Data
+from hftl.data.encodings import HALF_CHARACTER
 from hftl.data.facts import BadRow
 from hftl.data.load import find_label_fault, find_text_fault, load_rows, parse_label
 from hftl.data.normalization import normalize_name
-from hftl.data.rows import ENCODING_FAULT, BadRows, InputSpec, Row
+from hftl.data.rows import BadRows, InputSpec, Row
+from hftl.data.tables import READERS
 from hftl.errors import DataError, HftlError, HubError, RecipeError
 
 GOOD = [("a fine film", "pos"), ('dull, "very" dull', "neg"), ("two\nlines", "pos")]
@@ -148,7 +150,7 @@ def test_bad_row_is_refused_or_dropped_and_listed(
     tmp_path: Path, name: str, content: str | bytes, where: str, why: str
 ) -> None:
     path = written(tmp_path, name, content)
-    with pytest.raises(DataError, match=f"^{where}: .*{why}.*data.bad_rows=skip"):
+    with pytest.raises(DataError, match=f"^{where}: .*{why}.*(data.bad_rows=skip|iconv -f cp1252)"):
         rows_of(path)
     bad = BadRows(skip=True)
     assert [row.content for row in rows_of(path, bad=bad)] == [("x",), ("z",)]
@@ -188,7 +190,7 @@ def test_half_a_character_in_a_list_of_words_or_names_is_a_bad_row(tmp_path: Pat
     bad = BadRows(skip=True)
     assert len(rows_of(path, "token-classification", bad=bad)) == 1
     assert {(row.where, row.why) for row in bad.dropped} == {
-        ("a.jsonl line 1", ENCODING_FAULT), ("a.jsonl line 3", ENCODING_FAULT)
+        ("a.jsonl line 1", HALF_CHARACTER), ("a.jsonl line 3", HALF_CHARACTER)
     }  # fmt: skip
 
 
@@ -219,11 +221,12 @@ UNREADABLE = [
     ("a.csv", "text,label\n,\n", "a.csv line 2: text is empty"),
     ("a.jsonl", "", "a.jsonl has no rows"),
     ("a.csv", "text,lable\nx,a\n", "no column 'label'; did you mean 'lable'; it has text, lable"),
-    ("a.csv", "text;label\nx;a\n", r"its columns are separated by ';', not by commas"),
+    ("a.csv", "text\tlabel\nx\ta\n", r"its columns are separated by tabs, not by commas"),
     ("a.csv", "text,text\nx,a\n", "two columns are named 'text'"),
     ("a.csv", 'text,label\nx,a\n"y,b\n', "a.csv line .*: not valid CSV"),
     ("a.csv", b"text,cat\xe9gorie\nx,a\n", "a.csv line 1: not valid UTF-8"),
-    ("a.csv", "text,label\nx,a\n".encode("utf-16"), "a.csv is UTF-16"),
+    ("a.csv", "text,label\nx,a\n".encode("utf-16")[:-1], "a.csv is UTF-16 and ends within"),
+    ("a.csv", "text,label\nx,a\n".encode("utf-32"), "a.csv is UTF-32.*iconv -f UTF-32"),
     ("a.json", '[{"text": "x", "label": "a"}]', "a.json line 1: not a JSON object"),
     ("a.json", '[\n{"text": "x", "label": "a"},\n]', "a.json line 1: not a JSON object"),
     ("a.jsonl", '"x"\n', "a.jsonl line 1: not a JSON object"),
@@ -231,7 +234,7 @@ UNREADABLE = [
     ("a.parquet", "", "a.parquet: not valid Parquet"),
     ("a.jsonl", "[" * 100_000, "a.jsonl line 1: its JSON is nested too deep"),
     ("a.txt", "x\n", "a.txt: no column 'label'; it has text"),
-    ("a.xlsx", "x", "a.xlsx: the suffix '.xlsx' says no format"),
+    ("a.xlsx", "x", "a.xlsx: the suffix '.xlsx' is of a spreadsheet"),
 ]
 
 
@@ -374,3 +377,58 @@ def test_columns_of_zero_and_one_are_labels(on: Any, off: Any) -> None:
 )
 def test_labels_are_parsed_by_task(value: Any, task: str, label: Any) -> None:
     assert parse_label({"y": value}, "y", task) == label
+
+
+def test_all_bad_rows_are_counted_and_the_first_few_named(tmp_path: Path) -> None:
+    path = written(tmp_path, "a.csv", "text,label\nx,a\ny,\n,b\nz,b\n,\nv,\n")
+    message = (
+        r"a.csv line 3: the label is empty; and 3 more bad rows, such as a.csv line 4 \(text is "
+        r"empty\), a.csv line 6 \(text is empty\)\. Correct them, or set data.bad_rows=skip"
+    )
+    with pytest.raises(DataError, match=message):
+        rows_of(path)
+
+
+UMLAUTS = "text,label\nschön größer,a\nübel,b\nfine,a\n"
+
+
+def test_rows_in_another_encoding_are_never_to_be_skipped(tmp_path: Path) -> None:
+    path = written(tmp_path, "my a.csv", UMLAUTS.encode("cp1252"))
+    message = (
+        r"my a.csv line 2: not valid UTF-8: byte 0xF6, in cp1252 'schön'; and 1 more bad row: .*"
+        rf"cp1252: iconv -f cp1252 -t UTF-8 '{path}' > '{path.parent}/my a-utf8.csv'$"
+    )
+    with pytest.raises(DataError, match=message):
+        rows_of(path)
+    path.write_bytes(UMLAUTS.encode("cp850"))
+    with pytest.raises(DataError, match="iconv -f cp850"):
+        rows_of(path)
+    # Where other lines are UTF-8, a conversion would damage them.
+    path.write_bytes(UMLAUTS.encode() + "groß,b\n".encode("cp1252"))
+    with pytest.raises(DataError, match=r"line 5: .*in cp1252 'groß'\. Correct it$"):
+        rows_of(path)
+    path.write_bytes("text,label\nü,a\n".encode("cp1252"))
+    with pytest.raises(DataError, match=r"no usable rows; my a.csv line 2: .*iconv -f cp1252"):
+        rows_of(path, bad=BadRows(skip=True))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+def test_a_mark_of_byte_order_decides_the_encoding(
+    name: str, encoding: str, tmp_path: Path
+) -> None:
+    lines = '{"text": "schön", "label": "a"}\n{"text": "😀", "label": "b"}\n'
+    content = "text,label\nschön,a\n😀,b\n" if name == "a.csv" else lines
+    path = written(tmp_path, name, content.encode(encoding))
+    assert [row.content for row in rows_of(path)] == [("schön",), ("😀",)]
+
+
+@pytest.mark.parametrize("kind", ["textfolder", "imagefolder"])
+def test_what_systems_leave_in_folders_is_no_row(kind: str, tmp_path: Path) -> None:
+    folder = as_textfolder(tmp_path)
+    rows = len(list(READERS[kind](folder)))
+    for name in ("Thumbs.db", ".DS_Store", "desktop.ini"):
+        written(folder / "neg", name, b"\0")
+    (folder / "__MACOSX").mkdir()
+    written(folder / "__MACOSX", "a.txt", b"x")
+    assert len(list(READERS[kind](folder))) == rows > 0

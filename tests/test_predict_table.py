@@ -169,7 +169,7 @@ def test_keys_that_only_later_rows_have_come_back(suffix: str, tmp_path: Path) -
         ("in.jsonl", '{"text": "a"}\n\n{"text": 3}\n', "in.jsonl line 3: text is int, not text"),
         ("in.txt", "one\n\nthree\n", "in.txt line 2: text is empty"),
         ("in.csv", "text,id\n", "in.csv has no rows"),
-        ("in.xlsx", "x", "in.xlsx: the suffix '.xlsx' says no format"),
+        ("in.xlsx", "x", "in.xlsx: the suffix '.xlsx' is of a spreadsheet"),
         ("none.csv", None, r"none.csv does not exist\. Check the path; a text itself is more than"),
     ],
 )

@@ -201,3 +201,10 @@ def test_the_digest_of_a_folder_and_of_a_hub_id(tmp_path: Path) -> None:
     one, other = ({"path": "org/name"}, {"path": "org/name", "revision": "abc"})
     digests = {hash_data_files(Data.model_validate({"train": train})) for train in (one, other)}
     assert len(digests) == 2
+
+
+def test_labels_that_no_two_rows_share_are_named_as_the_cause(tmp_path: Path) -> None:
+    rows = [(text, f"c{i}") for i, (text, _) in enumerate(sentences(40))]
+    message = "test is left with no rows; train has 40 .* no two of them have one label, as 'c0'"
+    with pytest.raises(DataError, match=f"{message}.*data.train.label: it reads like an ident"):
+        prepare(tmp_path, rows)

@@ -1,4 +1,4 @@
-"""Read comma-separated tables, and refuse unclosed quotes that join several rows into one cell.
+"""Read tables of separated values, and refuse unclosed quotes that join rows into one cell.
 
 Every CSV parser accepts an unclosed quote that a later one happens to close. Only the content of
 the joined lines shows the error: they read as rows of the same table. Where all columns are free
@@ -14,8 +14,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
+from hftl.data.encodings import advise_on_encoding
 from hftl.data.normalization import NUMBER
-from hftl.data.rows import RawRow, has_invalid_utf8, normalize_newlines, open_text
+from hftl.data.rows import RawRow, find_encoding_fault, normalize_newlines, open_text
 from hftl.errors import DataError, DataWarning
 
 QUOTED_CELL = re.compile(r'"(?=.*"".)(?:[^"]|"")*"', re.DOTALL)
@@ -32,24 +33,29 @@ MAX_SHAPES = 3
 
 
 def read_csv(path: Path) -> Iterator[RawRow]:
-    """Yield the rows of a comma-separated table (tabs for .tsv) with a header line.
+    """Yield the rows of a table with a header line, see `find_separator`.
 
     In a .tsv a quote is text and every line is a row, as programs that write them assume.
 
     Raises:
         DataError: if the table has no header, is not valid CSV, or a cell swallowed other rows.
     """
+    separator = find_separator(path)
+    if separator == ";":
+        message = f"{path.name}: its columns are separated by ';', and are read so"
+        # Of this line, so that a table that is read again is named once.
+        warnings.warn(message, DataWarning, stacklevel=1)
     with open_text(path) as file:
-        reader, first_line = _build_csv_reader(path, file), 1
+        reader, first_line = _build_csv_reader(file, separator), 1
         try:
             header = _read_header(path, reader)
             index, first_line = 0, reader.line_num + 1
-            joined = JoinedRowCheck(path, len(header))
+            joined = JoinedRowCheck(path, len(header), separator)
             for cells in reader:
                 if cells:
                     joined.check(cells, first_line, reader.line_num)
                     values = dict(zip(header, [*cells, *[None] * len(header)], strict=False))
-                    fault = _find_cell_fault(path, header, cells, first_line)
+                    fault = _find_cell_fault(separator, header, cells, first_line)
                     yield RawRow(values, index, f"{path.name} line {reader.line_num}", fault)
                     index += 1
                 first_line = reader.line_num + 1
@@ -61,11 +67,27 @@ def read_csv(path: Path) -> Iterator[RawRow]:
             ) from error
 
 
-def _build_csv_reader(path: Path, file: TextIO, strict: bool = True) -> Any:
-    csv.field_size_limit(2**31 - 1)
+def find_separator(path: Path) -> str:
+    """Return what separates the columns: a tab in a .tsv, else a comma, or a semicolon.
+
+    Programs write semicolons where the decimal sign is a comma. They are read where the header is
+    one column by commas and several by semicolons; a row of another number of fields is then bad.
+    """
     if path.suffix.lower() == ".tsv":
+        return "\t"
+    with open_text(path) as file:
+        header = next(_build_csv_reader(file, ",", strict=False), [])
+        file.seek(0)
+        by_semicolon = next(_build_csv_reader(file, ";", strict=False), [])
+    is_one = len(header) == 1 and "\t" not in header[0]
+    return ";" if is_one and sum(map(bool, by_semicolon)) > 1 else ","
+
+
+def _build_csv_reader(file: TextIO, separator: str, strict: bool = True) -> Any:
+    csv.field_size_limit(2**31 - 1)
+    if separator == "\t":
         return csv.reader(file, strict=strict, delimiter="\t", quoting=csv.QUOTE_NONE)
-    return csv.reader(file, strict=strict)
+    return csv.reader(file, strict=strict, delimiter=separator)
 
 
 def _read_header(path: Path, reader: Any) -> list[str]:
@@ -73,8 +95,9 @@ def _read_header(path: Path, reader: Any) -> list[str]:
     header: list[str] = next(reader, [])
     if not any(header):
         raise DataError(f"{path.name} is empty", "Give it a header line and rows")
-    if has_invalid_utf8("".join(header)):
-        raise DataError(f"{path.name} line 1: not valid UTF-8", "Save it as UTF-8")
+    fault = find_encoding_fault(*header)
+    if fault:
+        raise DataError(f"{path.name} line 1: {fault}", advise_on_encoding(path))
     other = OTHER_SEPARATOR.fullmatch(header[0])
     if len(header) == 1 and other is not None:
         raise _build_separator_error(path, other[1])
@@ -91,14 +114,15 @@ def _build_separator_error(path: Path, separator: str) -> DataError:
     return DataError(f"{path.name}: its columns are separated by {shown}, not by {expected}", fix)
 
 
-def _find_cell_fault(path: Path, header: list[str], cells: list[str], line: int) -> str | None:
+def _find_cell_fault(separator: str, header: list[str], cells: list[str], line: int) -> str | None:
     """Return what is wrong with the cells of the row that begins at this line, if anything."""
-    is_tsv = path.suffix.lower() == ".tsv"
+    is_tsv = separator == "\t"
     if is_tsv and any(map(QUOTED_CELL.fullmatch, cells)):
         return f"a cell is quoted as in a .csv; {TSV_RULE}"
     if len(cells) == len(header):
         return None
-    fault = f"{len(cells)} fields where the header has {len(header)}"
+    cut = ", cut at ';'" if separator == ";" else ""
+    fault = f"{len(cells)} fields where the header has {len(header)}{cut}"
     breaks = sum(normalize_newlines(cell).count("\n") for cell in cells)
     if breaks:
         fault += f", in lines {line} to {line + breaks}"
@@ -111,8 +135,8 @@ class JoinedRowCheck:
     The columns are profiled only when a row has a cell that could hold other rows.
     """
 
-    def __init__(self, path: Path, width: int) -> None:
-        self._path, self._width = path, width
+    def __init__(self, path: Path, width: int, separator: str = ",") -> None:
+        self._path, self._width, self._separator = path, width, separator
         self._columns: list[ColumnProfile] | None = None
         self._has_warned = False
 
@@ -122,14 +146,14 @@ class JoinedRowCheck:
         Raises:
             DataError: naming the line where the quote opens and the line of the other row.
         """
-        if not may_hold_rows(cells, self._width):
+        if not may_hold_rows(cells, self._width, self._separator):
             return
         if self._columns is None:
-            self._columns = _profile_table(self._path, self._width)
+            self._columns = _profile_table(self._path, self._width, self._separator)
         if is_all_prose(self._columns):
             self._warn(first_line, last_line)
             return
-        lines = find_joined_row(normalize_newlines(cells), self._columns)
+        lines = find_joined_row(normalize_newlines(cells), self._columns, self._separator)
         if lines is not None:
             opens, other = (first_line + line for line in lines)
             raise DataError(
@@ -184,10 +208,10 @@ class ColumnProfile:
         return self.names is not None and bool(cell) and not NUMBER.fullmatch(cell)
 
 
-def _profile_table(path: Path, width: int) -> list[ColumnProfile]:
+def _profile_table(path: Path, width: int, separator: str) -> list[ColumnProfile]:
     """Return the profile of each column, from the first sound rows of the table."""
     with open_text(path) as file:
-        reader = _build_csv_reader(path, file, strict=False)
+        reader = _build_csv_reader(file, separator, strict=False)
         next(reader, None)
         return profile_columns(map(normalize_newlines, reader), width)
 
@@ -222,12 +246,13 @@ def _reduce_to_shape(cell: str) -> str:
     return re.sub(r"\d+", "9", re.sub(r"[^\W\d_]+", "a", cell))
 
 
-def may_hold_rows(cells: list[str], width: int) -> bool:
-    """Return whether a cell has several lines and a comma; cheap, before any profile.
+def may_hold_rows(cells: list[str], width: int, separator: str = ",") -> bool:
+    """Return whether a cell has several lines and a separator; cheap, before any profile.
 
     A line break may still be a carriage return here.
     """
-    return any((width == 1 or "," in cell) and ("\n" in cell or "\r" in cell) for cell in cells)
+    several = (cell for cell in cells if "\n" in cell or "\r" in cell)
+    return any(width == 1 or separator in cell for cell in several)
 
 
 def is_all_prose(columns: list[ColumnProfile]) -> bool:
@@ -235,12 +260,15 @@ def is_all_prose(columns: list[ColumnProfile]) -> bool:
     return len(columns) == 1 or all(column.is_prose for column in columns)
 
 
-def find_joined_row(cells: list[str], columns: list[ColumnProfile]) -> tuple[int, int] | None:
+def find_joined_row(
+    cells: list[str], columns: list[ColumnProfile], separator: str = ","
+) -> tuple[int, int] | None:
     """Find what looks like another row inside a cell.
 
     Args:
         cells: those of a row, line endings normalized.
         columns: the profile of each column.
+        separator: what separates the cells of a row.
 
     Returns:
         The lines at which the cell begins and the other row begins, counted from 0 at the row's
@@ -252,20 +280,22 @@ def find_joined_row(cells: list[str], columns: list[ColumnProfile]) -> tuple[int
     for column, cell in enumerate(cells):
         lines = cell.split("\n")
         if len(lines) > 1 and len(cells) == len(columns):
-            other = _find_next_row(lines, column, columns)
+            other = _find_next_row(lines, column, columns, separator)
         else:
             # Cells that do not match the header cannot be aligned with it, whole lines can.
             inner = range(1, len(lines) - 1)
-            other = next((n for n in inner if _fits(lines[n].split(","), columns)), None)
+            other = next((n for n in inner if _fits(lines[n].split(separator), columns)), None)
         if other is not None:
             return first, first + other
         first += len(lines) - 1
     return None
 
 
-def _find_next_row(lines: list[str], column: int, columns: list[ColumnProfile]) -> int | None:
+def _find_next_row(
+    lines: list[str], column: int, columns: list[ColumnProfile], separator: str
+) -> int | None:
     """Return the first line of a cell that looks like a row, if the cell was joined."""
-    matches = list(_match_lines(lines, column, columns))
+    matches = list(_match_lines(lines, column, columns, separator))
     first = next((number for number, _, is_proof in matches if is_proof), None)
     if first is None and matches and all(fits for _, fits, _ in matches):
         first = matches[0][0]
@@ -274,15 +304,15 @@ def _find_next_row(lines: list[str], column: int, columns: list[ColumnProfile]) 
 
 
 def _match_lines(
-    lines: list[str], column: int, columns: list[ColumnProfile]
+    lines: list[str], column: int, columns: list[ColumnProfile], separator: str
 ) -> Iterator[tuple[int, bool, bool]]:
     """Yield each line that can be compared: its number, whether it fits, whether that is a proof.
 
-    The first line would be the end of a row, which may follow a text with commas, and the last one
-    the beginning of a row; the cells beside this one belong to the same physical lines.
+    The first line would be the end of a row, which may follow a text with separators, and the last
+    one the beginning of a row; the cells beside this one belong to the same physical lines.
     """
     for number, line in enumerate(lines):
-        pieces = line.split(",")
+        pieces = line.split(separator)
         if not line.strip():
             continue
         if number == 0:

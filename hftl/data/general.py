@@ -27,6 +27,7 @@ from hftl.data.rows import (
 from hftl.data.splits import hash_row, hash_text
 from hftl.data.tables import read_table
 from hftl.errors import DataError
+from hftl.runtime.paths import resolve_local_path
 from hftl.runtime.run_folder import fingerprint, to_json
 
 MAX_TRAIN_ROWS = 2000
@@ -129,7 +130,8 @@ def _read_general_rows(
         is_bad = isinstance(image, str)
         fault = image if is_bad else _find_general_fault(raw, table, data.group, spec)
         if fault:
-            bad.reject(raw.where, str(fault))
+            path = resolve_local_path(table.path, "data.general.path")
+            bad.reject(raw.where, str(fault), path)
             continue
         label = tuple(normalize_name(raw.values[column]) for column in table.label_columns)
         group = None

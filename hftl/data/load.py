@@ -3,13 +3,14 @@
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from hftl.config.data import Data, Table
+from hftl.data.encodings import BAD_BYTE
 from hftl.data.images import inspect_images, warn_of_narrow_images
 from hftl.data.normalization import find_fraction, normalize_name
 from hftl.data.rows import (
-    ENCODING_FAULT,
     BadRows,
     ImageInfo,
     InputSpec,
@@ -17,11 +18,13 @@ from hftl.data.rows import (
     Levels,
     RawRow,
     Row,
-    has_invalid_utf8,
+    find_encoding_fault,
+    find_reading_fault,
     list_words,
 )
 from hftl.data.tables import get_table_folder, read_table
 from hftl.errors import DataError, suggest_closest
+from hftl.runtime import paths
 
 TRUE_VALUES = (1, True, 1.0, "1")
 FALSE_VALUES = (0, False, 0.0, "0")
@@ -42,7 +45,8 @@ def load_rows(data: Data, part: str, bad: BadRows, spec: InputSpec) -> list[Row]
         spec: what the encoder reads.
 
     Raises:
-        DataError: if the file or a column is missing, no row is left, or labels are of mixed types.
+        DataError: if the file or a column is missing, a row cannot be used and is not to be
+            skipped, no row is left, or labels are of mixed types.
     """
     table, task = getattr(data, part), str(data.task)
     name, raws = read_table(table, part, spec.modality)
@@ -52,22 +56,34 @@ def load_rows(data: Data, part: str, bad: BadRows, spec: InputSpec) -> list[Row]
     columns = [*contents, *table.label_columns, *([data.group] if data.group else [])]
     rows: list[Row] = []
     types: dict[str, str] = {}
+    before = len(bad.dropped)
     for raw, image in inspect_rows(check_columns(name, raws, columns, part), data, part, spec):
         fault = image if isinstance(image, str) else _find_row_fault(raw, table, data, spec)
         if fault:
-            bad.reject(raw.where, fault)
+            bad.note(raw.where, fault)
             continue
         if task == "classification":
             types.setdefault(get_value_type(raw.values[str(table.label)]), raw.where)
         rows.append(_build_row(raw, image if isinstance(image, ImageInfo) else None, data, part))
+    path = paths.resolve_local_path(table.path, f"data.{part}.path")
+    bad.refuse(path)
     if len(types) > 1:
         places = " and ".join(f"{kind} ({where})" for kind, where in sorted(types.items()))
         raise DataError(f"{name}: labels of mixed types: {places}", "Write them all as one type")
     if not rows:
-        raise DataError(f"{name} has no {'usable ' if bad.count else ''}rows", "Check the file")
+        raise _build_empty_error(name, bad, before, path)
     if task in ("classification", "multi-label"):
         _refuse_fractions(name, rows)
     return rows
+
+
+def _build_empty_error(name: str, bad: BadRows, before: int, path: Path | None) -> DataError:
+    """Return the error of a table without a sound row, naming the first of those dropped here."""
+    if len(bad.dropped) == before:
+        return DataError(f"{name} has no rows", "Check the file")
+    first = bad.dropped[before]
+    fix = bad.choose_fix(path) if BAD_BYTE in first.why else "Check the file"
+    return DataError(f"{name} has no usable rows; {first.where}: {first.why}", fix)
 
 
 def _build_row(raw: RawRow, image: ImageInfo | None, data: Data, part: str) -> Row:
@@ -124,7 +140,8 @@ def load_images(data: Data, part: str, bad: BadRows, spec: InputSpec) -> list[Ro
             rows.append(Row((image.content,), "", None, raw.index, raw.where, part, image.size))
             levels.append(image.levels)
         else:
-            bad.reject(raw.where, image)
+            bad.note(raw.where, image)
+    bad.refuse(paths.resolve_local_path(table.path, f"data.{part}.path"))
     if not rows:
         raise DataError(f"{name} has no {'usable ' if bad.count else ''}pictures", "Check it")
     warn_of_narrow_images(levels, f"data.{part}")
@@ -147,6 +164,7 @@ def read_documents(data: Data, part: str, bad: BadRows) -> Iterator[str]:
     """
     table: Table = getattr(data, part)
     name, raws = read_table(table, part, "text")
+    path = paths.resolve_local_path(table.path, f"data.{part}.path")
     has_documents, bad_before = False, bad.count
     for raw in check_columns(name, raws, table.text_columns, part):
         # Blank lines separate the texts of a file, and are not documents.
@@ -155,7 +173,7 @@ def read_documents(data: Data, part: str, bad: BadRows) -> Iterator[str]:
         faults = (find_document_fault(column, raw.values[column]) for column in table.text_columns)
         fault = raw.fault or next(filter(None, faults), None)
         if fault:
-            bad.reject(raw.where, fault)
+            bad.reject(raw.where, fault, path)
             continue
         has_documents = True
         yield from (_join_words(raw.values[column]) for column in table.text_columns)
@@ -187,9 +205,7 @@ def check_columns(
 def _require_columns(name: str, header: list[str], columns: Sequence[str], part: str) -> None:
     for column in columns:
         if column not in header:
-            hint = " (is it separated by ';'?)" if len(header) == 1 and ";" in header[0] else ""
-            if column in ("text", "image"):
-                hint += f"; source.model reads {column}s"
+            hint = f"; source.model reads {column}s" if column in ("text", "image") else ""
             raise DataError(
                 f"{name}: no column {column!r}{suggest_closest(column, header).replace('?', '')}"
                 f"; it has {', '.join(header)}{hint}",
@@ -211,10 +227,9 @@ def inspect_rows(
 def _find_row_fault(raw: RawRow, table: Table, data: Data, spec: InputSpec) -> str | None:
     """Return why a row cannot be used, if so."""
     task, group = str(data.task), data.group
-    if raw.fault:
-        return raw.fault
-    if any(map(has_invalid_utf8, raw.values.values())):
-        return ENCODING_FAULT
+    fault = find_reading_fault(raw)
+    if fault:
+        return fault
     if spec.modality == "text" or data.reads_text_beside:
         faults = (
             find_text_fault(column, raw.values[column], task)
@@ -265,8 +280,9 @@ def find_document_fault(column: str, value: Any) -> str | None:
     text = _join_words(value)
     if text.isascii() and text.isprintable():
         return None
-    if has_invalid_utf8(text):
-        return ENCODING_FAULT
+    undecodable = find_encoding_fault(text)
+    if undecodable:
+        return undecodable
     if "\0" in text or len(CONTROL_CHARACTERS.findall(text)) > MAX_CONTROL_SHARE * len(text):
         return f"{column} is binary, not text"
     return None

@@ -239,14 +239,32 @@ def _split_rows(
     rows["train"] = pool
     for split, members in rows.items():
         if not members:
-            raise DataError(
-                f"{split} is left with no rows; train has {total} after "
-                f"{_describe_dropped(counts)}",
-                "Correct the labels, or give more rows"
-                if counts.conflicting
-                else "Give more rows, or other fractions",
-            )
+            raise _build_empty_split_error(split, distinct["train"], task, counts)
     return rows
+
+
+def _build_empty_split_error(
+    split: str, rows: list[Row], task: str, counts: CopyCounts
+) -> DataError:
+    """Return the error of a split without rows, with the cause where it is known.
+
+    Args:
+        split: its name.
+        rows: those of train before any split.
+        task: the recipe's.
+        counts: of what was dropped.
+    """
+    what = f"{split} is left with no rows; train has {len(rows)} after {_describe_dropped(counts)}"
+    if counts.conflicting:
+        return DataError(what, "Correct the labels, or give more rows")
+    names = [row.label for row in rows]
+    if task == "classification" and len(rows) > 2 and len(set(names)) == len(rows):
+        return DataError(
+            f"{what}, and no two of them have one label, as {names[0]!r} and {names[1]!r}, so that "
+            "train needs all",
+            "Check data.train.label: it reads like an identifier or a text",
+        )
+    return DataError(what, "Give more rows, or other fractions")
 
 
 def _cut_validation(rows: dict[str, list[Row]], shots: int, task: str, seed: int) -> list[Row]:

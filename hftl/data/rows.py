@@ -4,22 +4,29 @@ Text files are opened here too, for a `RawRow` relies on how: bytes that are not
 surrogates, so that the row which holds them can be named.
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from hftl.data.encodings import (
+    BAD_BYTE,
+    SURROGATES,
+    advise_on_encoding,
+    describe_undecodable,
+    format_conversion,
+)
 from hftl.data.facts import BadRow, Modality
 from hftl.errors import DataError
+from hftl.plurals import count_noun
 
 MAX_LISTED_ROWS = 10_000
 """Bad rows that are listed, at most; all are counted."""
 ROWS_FILE = "rows.parquet"
-SURROGATES = re.compile("[\ud800-\udfff]")
-"""What bytes that are not UTF-8 are read as, and what half a character of UTF-16 is."""
-ENCODING_FAULT = "not valid UTF-8; where all of the file is in another encoding, save it as UTF-8"
-"""The fault of a row for which `has_invalid_utf8` is true."""
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+UTF32_MARKS = (b"\xff\xfe\0\0", b"\0\0\xfe\xff")
+MAX_NAMED_ROWS = 3
+"""Bad rows that a message names, at most."""
 
 Label = str | float | tuple[str, ...]
 """A class name, a regression target, the sorted names that hold, or a tag for each word."""
@@ -96,9 +103,9 @@ class InputSpec:
 
 @dataclass
 class BadRows:
-    """Collect rows that cannot be used: the first one stops the run, unless they are skipped.
+    """Collect rows that cannot be used: they stop the run, unless they are skipped.
 
-    `fix` tells the user what to do about one that stops the run.
+    `fix` tells the user what to do about those that stop the run.
     """
 
     skip: bool = False
@@ -106,17 +113,50 @@ class BadRows:
     count: int = 0
     dropped: list[BadRow] = field(default_factory=list)
 
-    def reject(self, where: str, why: str) -> None:
-        """Drop a row and list it.
+    def note(self, where: str, why: str) -> None:
+        """Drop a row and list it."""
+        self.count += 1
+        if self.count <= MAX_LISTED_ROWS:
+            self.dropped.append(BadRow(where=where, why=why))
+
+    def reject(self, where: str, why: str, path: Path | None = None) -> None:
+        """Drop a row and list it; without skipping it is the only one.
+
+        Args:
+            where: its file and line.
+            why: it cannot be used.
+            path: of its table, which is read again where a row could not be decoded.
 
         Raises:
             DataError: unless bad rows are skipped.
         """
-        if not self.skip:
-            raise DataError(f"{where}: {why}", self.fix)
-        self.count += 1
-        if self.count <= MAX_LISTED_ROWS:
-            self.dropped.append(BadRow(where=where, why=why))
+        self.note(where, why)
+        self.refuse(path)
+
+    def refuse(self, path: Path | None = None) -> None:
+        """Stop where rows were dropped, and are not to be skipped.
+
+        Raises:
+            DataError: naming the first few, and how many there are.
+        """
+        if self.skip or not self.count:
+            return
+        first, *others = self.dropped[:MAX_NAMED_ROWS]
+        what = f"{first.where}: {first.why}"
+        if others:
+            named = ", ".join(f"{row.where} ({row.why})" for row in others)
+            these = ", such as" if self.count > MAX_NAMED_ROWS else ":"
+            what += f"; and {count_noun(self.count - 1, 'more bad row')}{these} {named}"
+        raise DataError(what, self.choose_fix(path))
+
+    def choose_fix(self, path: Path | None = None) -> str:
+        """Return what to do: about rows that could not be decoded never to skip them."""
+        row = next((row for row in self.dropped if BAD_BYTE in row.why), None)
+        if row is None:
+            return self.fix if self.count < 2 else self.fix.replace("Correct it", "Correct them")
+        if path is None:
+            return "Correct it"
+        return advise_on_encoding(path / row.where if path.is_dir() else path)
 
 
 def normalize_newlines(value: Any) -> Any:
@@ -137,16 +177,34 @@ def list_words(cell: object) -> list[str]:
 
 
 def open_text(path: Path) -> TextIO:
-    """Open a text file; bytes that are not UTF-8 are read as surrogates, line ends as they are.
+    """Open a text file in UTF-8, or in UTF-16 with a mark of its byte order; line ends stay.
 
     Raises:
-        DataError: if the file is UTF-16.
+        DataError: if the file is UTF-32, or UTF-16 that ends within a character.
     """
     with open(path, "rb") as file:
-        start = file.read(2)
-    if start in (b"\xff\xfe", b"\xfe\xff"):
-        raise DataError(f"{path.name} is UTF-16", "Save it as UTF-8")
-    return open(path, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        start = file.read(4)
+    if start in UTF32_MARKS:
+        raise DataError(f"{path.name} is UTF-32", format_conversion(path, "UTF-32"))
+    if start[:2] not in UTF16_MARKS:
+        return open(path, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    if path.stat().st_size % 2:
+        raise DataError(
+            f"{path.name} is UTF-16 and ends within a character", "Save it again, as UTF-8"
+        )
+    return open(path, encoding="utf-16", errors="surrogatepass", newline="")
+
+
+def find_encoding_fault(*cells: object) -> str | None:
+    """Return what is wrong with the first text in cells that could not be decoded, if any."""
+    texts = (leaf for leaf in iterate_leaves(cells) if isinstance(leaf, str))
+    text = next(filter(SURROGATES.search, texts), None)
+    return None if text is None else describe_undecodable(text)
+
+
+def find_reading_fault(raw: RawRow) -> str | None:
+    """Return why a row cannot be read whatever its columns mean, if so."""
+    return raw.fault or find_encoding_fault(*raw.values.values())
 
 
 def has_invalid_utf8(cell: object) -> bool:

@@ -30,6 +30,9 @@ IMAGE_SUFFIXES = frozenset(
 MAX_DEPTH = 100
 """Levels of a JSON line, at most: Python gives up where functions call themselves 1000 times."""
 SPLIT_NAMES = ("train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval")
+JUNK_NAMES = frozenset(("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx"))
+"""What systems leave in folders, in lower case; their other such files are hidden."""
+SPREADSHEETS = (".xlsx", ".xls", ".xlsm", ".ods", ".numbers")
 
 
 def read_jsonl(path: Path) -> Iterator[RawRow]:
@@ -125,10 +128,8 @@ def read_txt(path: Path) -> Iterator[RawRow]:
 
 def read_textfolder(path: Path) -> Iterator[RawRow]:
     """Yield one row a text file, with columns `text` and `label`; each class is a folder."""
-    files = (f for c in _list_class_folders(path) for f in sorted(c.rglob("*")) if f.is_file())
+    files = (f for c in _list_class_folders(path) for f in _list_files(c) if f.is_file())
     for index, file in enumerate(files):
-        if file.name.startswith("."):
-            continue
         where = file.relative_to(path).as_posix()
         with open_text(file) as opened:
             yield RawRow({"text": opened.read(), "label": where.split("/")[0]}, index, where)
@@ -190,6 +191,11 @@ def guess_format(path: Path) -> str:
     if path.is_dir():
         return "imagefolder" if has_mostly_images(path) else "textfolder"
     name = paths.TABLE_FORMATS.get(path.suffix.lower())
+    if path.suffix.lower() in SPREADSHEETS:
+        raise DataError(
+            f"{path.name}: the suffix {path.suffix!r} is of a spreadsheet, which is not read",
+            "Open it and save the sheet as CSV UTF-8 (.csv), one header line above the rows",
+        )
     if name is None:
         raise DataError(
             f"{path.name}: the suffix {path.suffix!r} says no format",
@@ -200,7 +206,7 @@ def guess_format(path: Path) -> str:
 
 def _list_class_folders(path: Path) -> list[Path]:
     """Return the folders, one a class."""
-    folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    folders = sorted(p for p in path.iterdir() if p.is_dir() and not _is_junk(p.name))
     if not folders:
         raise DataError(f"{path.name} has no folders, one a class", "Check the path")
     names = [folder.name for folder in folders]
@@ -213,10 +219,15 @@ def _list_class_folders(path: Path) -> list[Path]:
 
 
 def _list_files(folder: Path) -> list[Path]:
-    """Return every file below the folder, dangling links too, without what is hidden."""
+    """Return every file below the folder, dangling links too, without what is hidden or junk."""
     files = (file for file in folder.rglob("*") if not file.is_dir())
     parts = ((file, file.relative_to(folder).parts) for file in files)
-    return sorted(file for file, names in parts if not any(p.startswith(".") for p in names))
+    return sorted(file for file, names in parts if not any(map(_is_junk, names)))
+
+
+def _is_junk(name: str) -> bool:
+    """Return whether a file or folder is hidden, or one that a system leaves behind."""
+    return name.startswith(".") or name.lower() in JUNK_NAMES
 
 
 def read_table(

@@ -67,7 +67,7 @@ def read_labelled_items(path: Path, predictor: Predictor, folder: Path) -> Label
         inputs = table.text_columns if predictor.modality == "text" else [table.image]
         _check_columns(path, [*inputs, *table.label_columns])
     patch = predictor.inputs.patch_size if isinstance(predictor.inputs, ImageInputs) else 1
-    bad = BadRows(fix="Correct it, or leave it out")
+    bad = BadRows(fix="Correct it, or leave such rows out")
     rows = load_rows(data, "train", bad, InputSpec(predictor.modality, patch))
     warn_of_narrow_images((row.levels for row in rows), path.name)
     return LabelledItems(rows, data)

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hftl.data.encodings import BAD_BYTE, advise_on_encoding
 from hftl.data.load import find_text_fault
-from hftl.data.rows import ENCODING_FAULT, RawRow, has_invalid_utf8
+from hftl.data.rows import RawRow, find_reading_fault
 from hftl.data.tables import READERS, guess_format, read_image_files
 from hftl.errors import DataError, RecipeError, suggest_closest
 from hftl.inference.arguments import check_predict_arguments, is_literal_text
@@ -60,8 +61,8 @@ def predict_table(
         _, basis = find_set_quantile(predictor.conformal, predictor.task, coverage)
         say(f"coverage: {basis}")
     encoded = predictor.encode(
-        (_read_input(raw, predictor) for raw in table.rows), [raw.where for raw in table.rows],
-        table.folder,
+        (_read_input(raw, predictor, table) for raw in table.rows),
+        [raw.where for raw in table.rows], table.folder,
     )  # fmt: skip
     suffix = ".csv" if output is None else output.suffix
     cells = {column: _list_cells(table.rows, column) for column in table.columns}
@@ -97,13 +98,14 @@ def _write_columns(columns: Columns, output: Path | None) -> str | None:
 class _InputTable:
     """Hold the rows that are predicted, the names of their columns, and the columns' types.
 
-    `folder` is what paths of images are relative to.
+    `folder` is what paths of images are relative to, and `path` what was read; None of a text.
     """
 
     rows: list[RawRow]
     columns: list[str]
     folder: Path | None
     types: Columns
+    path: Path | None = None
 
 
 def _build_text_table(text: str, predictor: Predictor) -> _InputTable:
@@ -157,24 +159,26 @@ def _read_table(data: Path, predictor: Predictor) -> _InputTable:
                 f"Name the {predictor.modality} column {column!r}",
             )
     folder = data if data.is_dir() else data.parent
-    return _InputTable(rows, list(columns), folder, read_column_types(data))
+    return _InputTable(rows, list(columns), folder, read_column_types(data), data)
 
 
-def _read_input(raw: RawRow, predictor: Predictor) -> Any:
+def _read_input(raw: RawRow, predictor: Predictor, table: _InputTable) -> Any:
     """Return the predictor's input in a row.
 
     Raises:
         DataError: naming the row, if it has none that can be read.
     """
     values: list[Any] = [raw.values.get(column) for column in predictor.columns]
-    fault = raw.fault
-    if any(map(has_invalid_utf8, raw.values.values())):
-        fault = ENCODING_FAULT
+    fault = find_reading_fault(raw)
     if not fault and predictor.modality == "text":
         faults = (find_text_fault(c, raw.values.get(c), predictor.task) for c in predictor.columns)
         fault = next((why for why in faults if why), None)
     if fault:
-        raise DataError(f"{raw.where}: {fault}", "Correct the row")
+        fix = "Correct the row"
+        if BAD_BYTE in fault and table.path is not None:
+            is_folder = table.path == table.folder
+            fix = advise_on_encoding(table.path / raw.where if is_folder else table.path)
+        raise DataError(f"{raw.where}: {fault}", fix)
     return values[0] if len(values) == 1 else tuple(values)
 
 

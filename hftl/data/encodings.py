@@ -1,0 +1,81 @@
+"""Say which encoding a text file is likely in that is not UTF-8, and how to convert it.
+
+A mark at the beginning decides between UTF-8 and UTF-16; nothing else is guessed when rows are
+read.
+"""
+
+import re
+import shlex
+from pathlib import Path
+
+SURROGATES = re.compile("[\ud800-\udfff]")
+"""What bytes that are not UTF-8 are read as, and what half a character of UTF-16 is."""
+ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
+"""What a byte that is not UTF-8 is read as."""
+HALF_CHARACTER = "not valid UTF-8: half a character"
+BAD_BYTE = "not valid UTF-8: byte"
+"""Begins the fault of a row with a byte that could not be decoded."""
+WINDOWS, DOS = "cp1252", "cp850"
+MAX_SHOWN = 40
+"""Characters of a word that are shown."""
+
+
+def describe_undecodable(text: str) -> str:
+    """Return what is wrong with a text that holds surrogates: the first byte, and its word as it
+    reads in the usual encoding of Windows."""
+    match = ESCAPED_BYTE.search(text)
+    if match is None:
+        return HALF_CHARACTER
+    word = next(word for word in text.split() if ESCAPED_BYTE.search(word))
+    shown = ESCAPED_BYTE.sub(lambda one: _decode_byte(_get_byte(one[0])), word[:MAX_SHOWN])
+    byte = f"{BAD_BYTE} 0x{_get_byte(match[0]):02X}"
+    # A word that is cut may end before the byte, and control characters say nothing.
+    return f"{byte}, in {WINDOWS} {shown!r}" if shown.isprintable() else byte
+
+
+def _get_byte(character: str) -> int:
+    return ord(character) - 0xDC00
+
+
+def _decode_byte(byte: int) -> str:
+    return bytes([byte]).decode(WINDOWS, "replace")
+
+
+def advise_on_encoding(path: Path) -> str:
+    """Return what to do about a file in which a row could not be decoded.
+
+    It is never to skip such rows: they are the ones with letters beyond ASCII. Where other lines
+    have such letters in UTF-8, the file is damaged, and a conversion would damage those lines.
+    """
+    encoding = _guess_encoding(path) if path.is_file() else None
+    return "Correct it" if encoding is None else format_conversion(path, encoding)
+
+
+def _guess_encoding(path: Path) -> str | None:
+    """Return the likely encoding of a file that is not UTF-8; None where some of its lines are."""
+    encoding = None
+    with open(path, "rb") as file:
+        for line in file:
+            if line.isascii():
+                continue
+            if _is_in(line, "utf-8"):
+                return None
+            if encoding != DOS:
+                encoding = WINDOWS if _is_in(line, WINDOWS) else DOS
+    return encoding
+
+
+def _is_in(line: bytes, encoding: str) -> bool:
+    try:
+        line.decode(encoding)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def format_conversion(path: Path, encoding: str) -> str:
+    """Return the command that writes a file anew in UTF-8, beside it."""
+    new = path.with_name(f"{path.stem}-utf8{path.suffix}")
+    names = (shlex.quote(str(name)) for name in (path, new))
+    likely = "" if encoding == "UTF-32" else f"; it is likely {encoding}"
+    return f"Save it as UTF-8{likely}: iconv -f {encoding} -t UTF-8 {' > '.join(names)}"
