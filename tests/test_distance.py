@@ -27,7 +27,7 @@ from hftl.analysis.distance import (
     compute_word_overlap,
     extrapolate_frechet,
 )
-from hftl.analysis.domains import check_size, compare_domains
+from hftl.analysis.domains import compare_domains, find_size_fault, refuse_too_few
 from hftl.analysis.facts import DistanceAnalysis
 from hftl.analysis.out_of_fold import fit_folds
 from hftl.analysis.probe import Probe
@@ -321,7 +321,10 @@ def test_distance_command(
 
     hftl(*words[:-2], "--to", "gone.csv", "--output", run).assert_error(3, "gone.csv")
     few = write_csv(tmp_path / "few.csv", ["text", "label"], far[:5])
-    hftl(*words[:-2], "--to", few, "--output", run).assert_error(3, "few.csv has 5 rows")
+    outcome = hftl(*words[:-2], "--to", few, "--output", run)
+    assert outcome.code == 0 and len(read(run).pairs) == 6, outcome.err
+    assert read(run).left_out == [f"{few} has 5 rows to compare, fewer than 40"]
+    assert f"left out: {few} has 5 rows" in " ".join(outcome.out.split())
 
 
 def test_without_unlabelled_data_a_line_says_what_is_compared(
@@ -340,9 +343,8 @@ def test_without_unlabelled_data_a_line_says_what_is_compared(
 
 def test_a_set_of_three_documents_has_no_halves() -> None:
     rows = [Row((f"text {i}",), "", f"d{i % 3}", i, f"row {i}", "train") for i in range(60)]
-    with pytest.raises(DataError, match="train has 3 values of data.group in 60 rows"):
-        check_size("train", rows)
-    check_size("train", [replace(row, group=f"d{row.index % 4}") for row in rows])
+    assert find_size_fault(rows) == "3 values of data.group in 60 rows, fewer than 4"
+    assert find_size_fault([replace(row, group=f"d{row.index % 4}") for row in rows]) is None
 
 
 def test_copies_of_train_in_another_table_are_no_distance(
@@ -397,3 +399,9 @@ def test_pairs_are_compared_with_pairs_and_sets_need_no_labels(
     (pair,) = read(tmp_path / "out").pairs
     assert (pair.first, pair.second) == ("train", "general")
     hftl(*words, *alone, "data.general=null", *run).assert_error(2, "the only set of rows")
+
+
+def test_too_few_rows_of_all_other_sets_are_named() -> None:
+    refuse_too_few(["test has 5 rows"], 2)
+    with pytest.raises(DataError, match="test has 5 rows; general has 3 rows. Give more rows"):
+        refuse_too_few(["test has 5 rows", "general has 3 rows"], 1)

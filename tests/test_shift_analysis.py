@@ -118,13 +118,15 @@ def test_groups_are_dealt_once_and_every_second_is_held_out() -> None:
     assert is_held[sides == 0].sum() == 30 and is_held[sides == 1].sum() == 50
 
 
-def compare(folder: Path, model: Path, unlabeled: list[Any], **more: Any) -> ShiftAnalysis:
+def compare(
+    folder: Path, model: Path, unlabeled: list[Any], test: float = 0.2, **more: Any
+) -> ShiftAnalysis:
     rows = [(f"{text}", label) for text, label in sentences(500)]
     data: dict[str, Any] = {
         "train": {"path": str(write_csv(folder / "a.csv", ["text", "label"], rows))},
         "unlabeled": {"path": str(write_csv(folder / "u.csv", ["text"], unlabeled))},
-        "max_length": 16,
-    }
+        "test": {"fraction": test}, "max_length": 16,
+    }  # fmt: skip
     recipe = Recipe.parse(
         {
             "source": {"model": str(model)}, "data": data, "finetune": {"pooling": "mean"},
@@ -157,6 +159,15 @@ def test_other_inputs_are_found(tiny_model: Any, tmp_path: Path) -> None:
     facts = compare(tmp_path, tiny_model(), others)
     assert facts.sets[1].outcome in ("covariate shift", "both") and facts.sets[1].auc > 0.9
     assert "other inputs" in format_shift(facts)
+
+
+def test_a_set_of_few_rows_is_left_out(tiny_model: Any, tmp_path: Path) -> None:
+    few = [(text,) for text, _ in sentences(560)[500:]]
+    facts = compare(tmp_path, tiny_model(), few, test=0.06)
+    assert [one.name for one in facts.sets] == ["unlabeled"]
+    [words] = facts.left_out
+    assert words.startswith("test has ") and words.endswith(" rows to compare, fewer than 40")
+    assert f"left out: {words}" in format_shift(facts)
 
 
 @pytest.mark.slow

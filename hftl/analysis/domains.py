@@ -25,6 +25,7 @@ from hftl.data.splits import hash_row, hash_text
 from hftl.errors import DataError, RecipeError
 from hftl.finetune.context import ExperimentContext
 from hftl.models.layer_features import LayerSite
+from hftl.plurals import count_noun
 from hftl.runtime.progress import track
 
 MIN_ROWS = 40
@@ -59,7 +60,7 @@ def compare_domains(
         most_rows: of each set, at most.
 
     Raises:
-        DataError: if a table cannot be read, or has too few rows.
+        DataError: if a table cannot be read, or only one set has enough rows.
         RecipeError: if the task has a label a word.
     """
     if context.prepared.task == "token-classification":
@@ -68,15 +69,20 @@ def compare_domains(
             "Give the texts to a recipe with data.task=classification",
         )
     domains: list[Domain] = []
+    left_out: list[str] = []
     site, own_site = None, None
     for name, rows, own in iterate_sets(recipe, context, tables, most_rows):
-        check_size(name, rows)
+        fault = find_size_fault(rows)
+        if fault:
+            left_out.append(f"{name} has {fault}")
+            continue
         store = FeatureStore(own, root)
         store.compute(rows)
         if site is None:
             own_site = store.find_site(recipe.finetune.pooling)
             site = own_site or LayerSite(store.layers, "mean")
         domains.append(Domain(name, rows, store.get(rows, site)))
+    refuse_too_few(left_out, len(domains))
     if site is None or len(domains) < 2:
         raise RecipeError(
             f"{domains[0].name if domains else 'the recipe'} is the only set of rows",
@@ -88,25 +94,31 @@ def compare_domains(
         site=SiteFacts(layer=site.layer, pooling=site.pooling),
         site_is_own=own_site is not None,
         domains=[_describe(domain, context) for domain in domains],
+        left_out=left_out,
         pairs=pairs,
         provenance=describe_provenance(context, recipe.finetune.pooling, []),
     )
 
 
-def check_size(name: str, rows: list[Row]) -> None:
-    """Refuse a set that has too few rows, or groups, to be compared in halves.
+def find_size_fault(rows: list[Row]) -> str | None:
+    """Return how a set has too few rows, or groups, to be compared in halves; None where it has
+    enough."""
+    groups = len({number if row.group is None else row.group for number, row in enumerate(rows)})
+    if len(rows) < MIN_ROWS:
+        return f"{count_noun(len(rows), 'row')} to compare, fewer than {MIN_ROWS}"
+    if groups < MIN_GROUPS:
+        return f"{groups} values of data.group in {len(rows)} rows, fewer than {MIN_GROUPS}"
+    return None
+
+
+def refuse_too_few(left_out: list[str], compared: int) -> None:
+    """Refuse a comparison for which sets with too few rows leave less than two.
 
     Raises:
-        DataError: naming it.
+        DataError: naming them.
     """
-    groups = len({number if row.group is None else row.group for number, row in enumerate(rows)})
-    if len(rows) < MIN_ROWS or groups < MIN_GROUPS:
-        count, unit, least = len(rows), "rows", MIN_ROWS
-        if len(rows) >= MIN_ROWS:
-            count, unit, least = groups, f"values of data.group in {len(rows)} rows", MIN_GROUPS
-        raise DataError(
-            f"{name} has {count} {unit} to compare, fewer than {least}", "Give more rows"
-        )
+    if left_out and compared < 2:
+        raise DataError("; ".join(left_out), "Give more rows, or another table to compare with")
 
 
 def iterate_sets(

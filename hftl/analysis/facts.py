@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+from pydantic import Field
+
 from hftl.data.facts import RecordPart
 
 Interval = tuple[float, float]
@@ -288,6 +290,8 @@ class DistanceAnalysis(RecordPart):
     """Whether the recipe's head reads there."""
     domains: list[DomainFacts]
     pairs: list[DomainPair]
+    left_out: list[str] = Field(default_factory=list[str])
+    """Sets with too few rows to be compared, and how few, in words."""
     provenance: Provenance | None = None
 
 
@@ -336,6 +340,8 @@ class ShiftAnalysis(RecordPart):
     separability: float | None
     """The least singular value of the probe's confusion: 1 of no error."""
     sets: list[SetShift]
+    left_out: list[str] = Field(default_factory=list[str])
+    """Sets with too few rows to be compared, and how few, in words."""
     provenance: Provenance | None = None
 
 

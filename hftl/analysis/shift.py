@@ -11,7 +11,13 @@ import numpy as np
 from scipy.special import softmax
 
 from hftl.analysis.distance import compute_mmd
-from hftl.analysis.domains import Domain, check_size, iterate_sets, name_groups
+from hftl.analysis.domains import (
+    Domain,
+    find_size_fault,
+    iterate_sets,
+    name_groups,
+    refuse_too_few,
+)
 from hftl.analysis.facts import (
     ClassShare,
     Estimate,
@@ -87,7 +93,7 @@ def compare_sets(
         most_rows: of each set, at most.
 
     Raises:
-        DataError: if a table cannot be read, or has too few rows.
+        DataError: if a table cannot be read, or train or all others have too few rows.
         RecipeError: if the task has a label a word, or train is the only set.
     """
     if context.prepared.task == "token-classification":
@@ -97,14 +103,20 @@ def compare_sets(
         )
     site: LayerSite | None = None
     domains: list[Domain] = []
+    left_out: list[str] = []
     own_data = recipe.data.model_copy(update={"general": None})
     own_recipe = recipe.model_copy(update={"data": own_data})
     for name, rows, _ in iterate_sets(own_recipe, context, [], most_rows):
-        check_size(name, rows)
+        fault = find_size_fault(rows)
+        if fault:
+            left_out.append(f"{name} has {fault}")
+            continue
         store = FeatureStore(context, root)
         store.compute(rows)
         site = site or store.find_site(recipe.finetune.pooling) or LayerSite(store.layers, "mean")
         domains.append(Domain(name, rows, store.get(rows, site)))
+    is_train_there = bool(domains) and domains[0].name == "train"
+    refuse_too_few(left_out, len(domains) if is_train_there else 0)
     if site is None or len(domains) < 2:
         raise RecipeError("train is the only set of rows", "Give data.unlabeled")
     train, *others = domains
@@ -115,6 +127,7 @@ def compare_sets(
         train_rows=len(train.rows),
         separability=None if classes is None else measure_separability(classes.confusion),
         sets=[_compare(train, other, classes, context) for other in others],
+        left_out=left_out,
         provenance=describe_provenance(context, recipe.finetune.pooling, []),
     )
 

@@ -333,6 +333,7 @@ def format_distance(facts: DistanceAnalysis) -> str:
     if words:
         pieces = [f"{d.name} {format_number(d.pieces_per_word, 2)}" for d in facts.domains]
         notes.append(f"  tokens a word: {', '.join(pieces)}")
+    notes += [f"  left out: {one}" for one in facts.left_out]
     if any(pair.saturated for pair in facts.pairs):
         notes.append("  saturated: the A-distance no longer tells these apart; compare their MMD^2")
     return "\n".join([*tables, *notes])
@@ -365,6 +366,7 @@ def format_shift(facts: ShiftAnalysis) -> str:
     if [one.name for one in facts.sets] == ["test"]:
         notes.append("  no unlabelled data: give data.unlabeled to compare it, too")
     notes += [note for one in facts.sets if (note := _advise_on_shift(one))]
+    notes += [f"  left out: {one}" for one in facts.left_out]
     return "\n".join([*tables, *notes])
 
 
