@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from hftl.adapt.facts import AdaptStage, GuardFigures, LossChange
-from hftl.analysis.advice_facts import AdviceSection, Interval
+from hftl.analysis.advice_facts import AdviceSection, Interval, name_conflict
 from hftl.card.wording import build_forgetting_rows, describe_headline
 from hftl.measure.advice_outcome import AdviceHistory
 from hftl.measure.facts import MIN_JUDGED_ROWS, SliceSection
@@ -56,8 +56,8 @@ def format_baselines(check: BaselineCheck) -> str:
 def summarize_advice(section: AdviceSection) -> dict[str, str]:
     """Return the advice for the header of `hftl check`, and where rules and recipe differ."""
     reason = next(rule for rule in reversed(section.rules) if rule.strategy == section.strategy)
-    differs = {"conflict": "; ".join(section.conflicts)} if section.conflicts else {}
-    return {"advice": f"{section.strategy} ({reason.text}); more: hftl advise", **differs}
+    shown = {"advice": f"{section.strategy} ({reason.text}); more: hftl advise"}
+    return shown | {name_conflict(conflict): conflict for conflict in section.conflicts}
 
 
 def format_advice(section: AdviceSection, seconds: dict[str, float]) -> str:
@@ -92,7 +92,7 @@ def format_advice(section: AdviceSection, seconds: dict[str, float]) -> str:
     for rule in section.rules:
         verdict = f" -> {rule.strategy}" if rule.strategy else ""
         lines += [f"  {rule.name}: {rule.text}{verdict}", f"    [{rule.source}]"]
-    lines += [f"  conflict: {conflict}" for conflict in section.conflicts]
+    lines += [f"  {name_conflict(conflict)}: {conflict}" for conflict in section.conflicts]
     return "\n".join([*lines, f"advice: {section.strategy}"])
 
 

@@ -246,4 +246,6 @@ def test_what_is_printed_has_every_strategy_with_its_cost() -> None:
     assert text.splitlines()[-1] == "advice: lora"
     header = console.summarize_advice(section)
     assert header["advice"].startswith("lora (lora is expected at ")
-    assert header["conflict"].count("; ") == 2 and "the recipe trains head" in header["conflict"]
+    assert list(header) == ["advice", "rule", "recipe"]
+    assert header["recipe"].startswith("the recipe trains head, the advice is lora")
+    assert f"  recipe: {header['recipe']}" in text.splitlines()

@@ -101,7 +101,8 @@ def test_bad_rows_are_skipped_where_the_recipe_says_so(
     (tmp_path / "here" / "a.csv").write_bytes(bad)
     outcome = hftl("check", recipe_file, "data.train.path=a.csv", "data.bad_rows=skip")
     assert (outcome.code, outcome.err) == (0, "")
-    assert "2 bad" in outcome.out
+    assert "2 bad" in outcome.out and "warning: 2 bad rows were skipped" in outcome.out
+    assert "    a.csv line 62: text is empty\n    a.csv line 63: not valid UTF-8" in outcome.out
 
 
 BAD_RECIPE = {

@@ -111,6 +111,15 @@ def test_a_class_that_a_split_lacks_and_other_shares_are_found(tmp_path: Path) -
     assert "100% for 50%" in findings[1].what or "0% for 50%" in findings[1].what
 
 
+def test_a_stray_missing_value_is_no_class_that_a_split_lacks(tmp_path: Path) -> None:
+    parts = split_rows(sentences(220))
+    parts["train"] = [(parts["train"][0][0], "n/a"), *parts["train"][1:]]
+    assert find_in_rows(write_tables(tmp_path, **parts)) == []
+    parts["train"] = [(text, "n/a") for text, _ in parts["train"][:6]] + parts["train"][6:]
+    kinds = [finding.kind for finding in find_in_rows(write_tables(tmp_path, **parts))]
+    assert kinds[:2] == ["missing class"] * 2
+
+
 def test_one_class_of_many_that_differs_much_is_seen_in_few_rows() -> None:
     train, test = np.full(10, 40.0), np.array([20.0, *[5.0] * 9])
     assert chi2_contingency(np.stack([train, test]), correction=False).pvalue > 0.001  # pyright: ignore

@@ -88,6 +88,7 @@ def test_doubtful_names_are_named() -> None:
     assert "'NaN' (3 labels) reads like a missing value" in missing
     assert "1 of 5 classes have one row only" in lone and "'lone'" in lone
     assert find_doubtful_names({"a": 2, "b": 2}) == []
+    assert len(find_doubtful_names({"a": 2, "n/a": 1})) == 1
 
 
 @pytest.mark.parametrize(

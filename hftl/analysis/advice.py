@@ -6,7 +6,14 @@ both are shown with their numbers. Every rule names its source, a paper or this 
 
 from math import sqrt
 
-from hftl.analysis.advice_facts import AdviceRule, AdviceSection, Forecast, TaskFeatures
+from hftl.analysis.advice_facts import (
+    RECIPE_DIFFERS,
+    RULE_DIFFERS,
+    AdviceRule,
+    AdviceSection,
+    Forecast,
+    TaskFeatures,
+)
 from hftl.analysis.facts import AnalysisSection, CurveAnalysis, DistanceAnalysis
 from hftl.analysis.forecast import (
     ForecastModel,
@@ -182,7 +189,7 @@ def list_conflicts(
         conflicts.append(reason)
     if forecast is not None and by_labels.strategy != advised:
         conflicts.append(
-            f"the rule of thumb says {by_labels.strategy}, the forecast {advised}"
+            f"{RULE_DIFFERS} {by_labels.strategy}, the forecast {advised}"
             f"{_format_lead(forecast, str(by_labels.strategy))}; the forecast is followed: on data "
             f"sets that it was not fitted on its choice was within a point of the best in "
             f"{model.within_point:.0%}, that of the rule in {model.rule_within_point:.0%}"
@@ -192,7 +199,7 @@ def list_conflicts(
         if forecast is not None:
             lead = _format_lead(forecast, own)
             arm = f", to compare give measure.arms: [{forecast.strategies[0].format_arm()}]"
-        conflicts.append(f"the recipe trains {own}, the advice is {advised}{lead}{arm}")
+        conflicts.append(f"{RECIPE_DIFFERS} {own}, the advice is {advised}{lead}{arm}")
     return conflicts
 
 

@@ -10,6 +10,9 @@ from hftl.data.facts import Modality, RecordPart
 
 Interval = tuple[float, float]
 
+RULE_DIFFERS, RECIPE_DIFFERS = "the rule of thumb says", "the recipe trains"
+"""How a conflict of the rule with the forecast begins, and one of the recipe with the advice."""
+
 
 class TaskFeatures(RecordPart):
     """Hold what one pass of the frozen source says of a classification task.
@@ -132,3 +135,11 @@ class AdviceSection(RecordPart):
     """The reason where there is none."""
     outcome: AdviceOutcome | None = None
     """Null until arms are measured, and for another task than classification."""
+
+
+def name_conflict(conflict: str) -> str:
+    """Return what a conflict is about, for the line that shows it: recipe, rule, or the reach of a
+    forecast, a caution."""
+    if conflict.startswith(RECIPE_DIFFERS):
+        return "recipe"
+    return "rule" if conflict.startswith(RULE_DIFFERS) else "caution"

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from hftl.analysis.fingerprints import FINGERPRINT_CHECKS
-from hftl.analysis.row_faults import ROW_CHECKS
+from hftl.analysis.row_faults import MAX_PLACES, ROW_CHECKS
 from hftl.config.recipe import Arm, Recipe
 from hftl.data.image_inputs import ImageInputs
 from hftl.data.images import describe_narrow_images
-from hftl.data.normalization import find_doubtful_names
+from hftl.data.normalization import find_doubtful_names, is_stray_value
 from hftl.data.prepare import PreparedData, suggest_multi_label
 from hftl.data.text_inputs import TextInputs
 from hftl.finetune.strategies import ZERO_SHOT_ARM
@@ -133,10 +133,10 @@ def check_labels(run: PreflightContext) -> Iterator[str]:
     for of_split in counts.values():
         total.update(of_split)
     yield from find_doubtful_names(total)
-    train = counts.get("train", {})
-    if run.prepared.task == "classification" and max(train.values()) > MAX_IMBALANCE * min(
-        train.values()
-    ):
+    # Of a few rows that read like missing values nothing more is said than that.
+    train = {n: k for n, k in counts.get("train", {}).items() if not is_stray_value(n, total[n])}
+    least, most = min(train.values(), default=0), max(train.values(), default=0)
+    if run.prepared.task == "classification" and most > MAX_IMBALANCE * least:
         rare = min(train, key=lambda name: train[name])
         is_weighted = any(arm.finetune.class_weight for arm in run.arms)
         weights = "" if is_weighted else ", and finetune.class_weight=balanced"
@@ -179,7 +179,7 @@ def check_public_id(run: PreflightContext) -> Iterator[str]:
 
 
 def check_dropped_rows(run: PreflightContext) -> Iterator[str | Finding]:
-    """Warn of rows that are in two splits, have differing labels, or could not be read."""
+    """Warn of rows that are in two splits, have differing labels, or cannot be used."""
     facts = run.prepared.facts
     if facts.leaked:
         yield Finding(
@@ -204,8 +204,14 @@ def check_dropped_rows(run: PreflightContext) -> Iterator[str | Finding]:
         what, _, fix = describe_narrow_images(facts.narrow_pictures).partition("; ")
         yield Finding(kind="rescale", what=what, confidence="certain", fix=fix)
     if facts.bad_rows:
-        skipped = f"{count_noun(facts.bad_rows, 'bad row')} {choose_verb(facts.bad_rows, 'was')}"
-        yield f"{skipped} skipped; the record lists {'it' if facts.bad_rows == 1 else 'them'}"
+        verb = choose_verb(facts.bad_rows, "was")
+        yield Finding(
+            kind="bad rows",
+            what=f"{count_noun(facts.bad_rows, 'bad row')} {verb} skipped",
+            where=[f"{row.where}: {row.why}" for row in facts.bad_rows_listed[:MAX_PLACES]],
+            confidence="certain",
+            fix="the record of a run lists them, data.bad_rows_listed",
+        )
 
 
 def check_rows(run: PreflightContext) -> Iterator[Finding]:

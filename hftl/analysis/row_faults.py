@@ -11,6 +11,7 @@ from scipy import special
 from hftl.config.data import Table
 from hftl.config.recipe import Recipe
 from hftl.data.near_copies import NearPair, describe_near_copies
+from hftl.data.normalization import is_stray_value
 from hftl.data.prepare import PreparedData
 from hftl.data.rows import Row
 from hftl.data.splits import MEASURED_SPLITS
@@ -84,8 +85,10 @@ def list_places(pairs: list[NearPair]) -> list[str]:
 def check_missing_classes(recipe: Recipe, prepared: PreparedData) -> Iterator[Finding]:
     """Find classes of train that validation or test lacks: no score says how they are."""
     counts = prepared.facts.label_counts or {}
+    rows = {name: sum(one.get(name, 0) for one in counts.values()) for name in prepared.names}
+    names = [name for name in prepared.names if not is_stray_value(name, rows[name])]
     for split in MEASURED_SPLITS:
-        absent = [name for name in prepared.names if not counts.get(split, {}).get(name)]
+        absent = [name for name in names if not counts.get(split, {}).get(name)]
         if absent:
             more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
             yield Finding(

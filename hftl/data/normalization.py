@@ -5,6 +5,8 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
+from hftl.plurals import count_noun
+
 JOINERS = "\u200c\u200d"
 """Invisible, and needed to write Persian and the languages of India."""
 INVISIBLE = re.compile("[\u00ad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff]")
@@ -17,6 +19,8 @@ INTEGRAL_FLOAT = re.compile(r"(-?[0-9]{1,18})\.0+")
 NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 MISSING_VALUES = {"nan", "null", "none", "na", "n/a", "#n/a", "<na>", "nil", "missing", "?", "-"}
 """What tables write where there is no value."""
+MAX_STRAY_ROWS = 5
+"""Rows of a class with such a name that are taken for forgotten ones; more may be meant."""
 
 
 def normalize_text(text: str) -> str:
@@ -54,11 +58,21 @@ def find_fraction(names: Iterable[str]) -> str | None:
 
     Names that read like a missing value say nothing about the others.
     """
-    distinct = sorted(name for name in set(names) if name.casefold() not in MISSING_VALUES)
+    distinct = sorted(name for name in set(names) if not is_missing_value(name))
     if not all(map(NUMBER.fullmatch, distinct)):
         return None
     candidates = [name for name in distinct if not name.lstrip("+-").isdigit()]
     return next((name for name in candidates if not float(name).is_integer()), None)
+
+
+def is_missing_value(name: str) -> bool:
+    """Return whether a class name reads like what tables write where there is no value."""
+    return name.casefold() in MISSING_VALUES
+
+
+def is_stray_value(name: str, count: int) -> bool:
+    """Return whether a class of so many rows is hardly one: its name reads like a missing value."""
+    return is_missing_value(name) and count <= MAX_STRAY_ROWS
 
 
 def find_doubtful_names(counts: Mapping[str, int]) -> list[str]:
@@ -69,13 +83,13 @@ def find_doubtful_names(counts: Mapping[str, int]) -> list[str]:
     """
     names = sorted(counts)
     warnings = _find_similar_names(names)
-    missing = [name for name in names if name.casefold() in MISSING_VALUES]
+    missing = list(filter(is_missing_value, names))
     if missing:
         warnings.append(
-            f"the class {missing[0]!r} ({counts[missing[0]]} labels) reads like a missing value; "
-            "leave such rows out, or give the class a name"
+            f"the class {missing[0]!r} ({count_noun(counts[missing[0]], 'label')}) reads like a "
+            "missing value; leave such rows out, or give the class a name"
         )
-    lone = [name for name in names if counts[name] == 1]
+    lone = [name for name in names if counts[name] == 1 and not is_stray_value(name, 1)]
     if lone:
         listed = ", ".join(map(repr, lone[:5])) + (", ..." if len(lone) > 5 else "")
         warnings.append(

@@ -44,6 +44,7 @@ class LearningRate(RecordPart):
 FaultKind = Literal[
     "normalization", "rescale", "channels", "casing", "tokenizer", "label map", "leakage",
     "near labels", "label shift", "missing class", "groups", "long inputs", "label errors",
+    "bad rows",
 ]  # fmt: skip
 """What can be wrong with a recipe's inputs or labels before anything trains."""
 
