@@ -1,6 +1,7 @@
 """Write recipes from data: the guesses of `hftl init`, and that the recipe parses."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ import pytest
 from conftest import pictures, sentences, write_csv
 
 from hftl.config.recipe import Recipe
-from hftl.errors import DataError, RecipeError
-from hftl.init import MAX_SAMPLE_ROWS, guess_columns, write_recipe
+from hftl.data.columns import guess_columns
+from hftl.errors import DataError, DataWarning, RecipeError
+from hftl.init import MAX_SAMPLE_ROWS, write_recipe
 
 TEXTS = [text for text, _ in sentences(40)]
 LABELS = [label for _, label in sentences(40)]
@@ -147,8 +149,9 @@ def test_columns_that_cannot_be_guessed_are_refused(rows: list[dict[str, Any]], 
     ("name", "content", "why"),
     [("none.csv", None, "none.csv does not exist"), ("rows.csv", "text,label\n", "has no rows"),
      ("empty.csv", "", "is empty"),
-     ("semi.csv", "sentence;stars\na, b;1\n",
-      r"semi.csv: its columns are separated by ';', not by commas\. Save it as .csv with commas"),
+     ("ragged.csv", "text,label\nfine,pos\ngood one, really,pos\n",
+      "ragged.csv line 3: 3 fields where the header has 2. Correct it"),
+     ("sheet.xlsx", "x", "suffix '.xlsx' is of a spreadsheet.*save the sheet as CSV UTF-8"),
      ("tabs.csv", "sentence\tstars\tid\n", r"separated by tabs, not by commas\. Rename it to tabs"),
      ("pipe.tsv", "sentence|stars\n", r"separated by '\|', not by tabs"),
      ("notes.docx", "x", "suffix '.docx' says no format")],
@@ -231,3 +234,96 @@ def test_a_listed_source_of_texts_is_refused_for_pictures(tmp_path: Path) -> Non
     images = pictures(tmp_path / "images", 3)
     with pytest.raises(RecipeError, match="bert-base-uncased reads texts.*--modality image"):
         write_recipe(images, "google-bert/bert-base-uncased", tmp_path / "r.yaml")
+
+
+def notes_of(rows: list[dict[str, Any]], folder: Path, name: str = "t.csv") -> str:
+    """Return the notes on a table of these rows, in lines."""
+    return "\n".join(write_recipe(write(folder / name, rows), "org/m", folder / "r.yaml")[1])
+
+
+def test_labels_are_counted_as_check_names_them_and_other_columns_are_named(
+    tmp_path: Path,
+) -> None:
+    labels = [("pos", " pos", "neg", "neg ")[i % 4] for i in range(80)]
+    rows = columns(id=list(range(80)), text=TEXTS * 2, label=labels)
+    notes = notes_of(rows, tmp_path).splitlines()
+    assert notes[1:] == [
+        "label: label (2 classes), so the task is classification", "labels: pos (40), neg (40)",
+        "not used: id",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rows", "doubt"),
+    [
+        (columns(text=TEXTS[:3], label=["a", "b", "a"]), "3 rows are few, of which a fifth each"),
+        (columns(text=TEXTS, label=[f"c{i}" for i in range(40)]),
+         "every row has a label of its own, such as 'c0': label reads like an identifier"),
+        (columns(text=TEXTS, label=[f"c{i // 2}" for i in range(40)]),
+         "20 classes on 40 rows are fewer than 5 rows a class"),
+        (columns(text=TEXTS, toxic=[i % 2 for i in range(40)],
+                 insult=[i // 9 % 2 for i in range(40)]),
+         r"0 and 1 stand in insult, too; where several .* label: \[toxic, insult\]"),
+        (columns(text=TEXTS, tags=[("a", "a|b", "b", "b|c")[i % 4] for i in range(40)]),
+         r"the label 'a\|b' reads like several"),
+        (columns(text=TEXTS, label=["n/a", *LABELS[1:]]), r"the class 'n/a' \(1 label\) reads"),
+        (columns(text=["", *TEXTS[1:]], label=LABELS), "1 row has no text or no label"),
+    ],
+    ids=["few", "unique", "many", "onehot", "joined", "missing", "lacking"],
+)  # fmt: skip
+def test_what_may_not_be_meant_is_warned_of(
+    rows: list[dict[str, Any]], doubt: str, tmp_path: Path
+) -> None:
+    notes = notes_of(rows, tmp_path)
+    assert re.search(f"^warning: .*{doubt}", notes, re.MULTILINE), notes
+
+
+def test_nothing_is_warned_of_a_sound_table(tmp_path: Path) -> None:
+    texts = [text for text, _ in sentences(60)]
+    assert "warning" not in notes_of(columns(text=texts, label=["a, b", "c"] * 30), tmp_path)
+
+
+def test_an_empty_text_column_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no column looks like text; it has text \(empty in every"):
+        notes_of(columns(text=[""] * 40, label=LABELS), tmp_path)
+
+
+def test_a_row_beyond_the_sample_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    lines = [f"text {i},{'ab'[i % 2]}" for i in range(MAX_SAMPLE_ROWS + 9)]
+    lines += ["one, two,a", "fine,b", "three, four,a"]
+    (tmp_path / "a.csv").write_text("\n".join(["text,label", *lines]))
+    message = rf"a.csv line {MAX_SAMPLE_ROWS + 11}: 3 fields .*; and 1 more bad row: a.csv line"
+    with pytest.raises(DataError, match=message):
+        write_recipe(tmp_path / "a.csv", "org/m", tmp_path / "r.yaml")
+
+
+def test_an_export_with_semicolons_is_read_and_said(tmp_path: Path) -> None:
+    path = tmp_path / "export.csv"
+    lines = [f'{text};"{label}";0,{i}' for i, (text, label) in enumerate(sentences(40))]
+    path.write_text("\n".join(["Text;Stimmung;Sterne", *lines]), "utf-16")
+    with pytest.warns(DataWarning, match="export.csv: its columns are separated by ';'"):
+        written, notes = write_recipe(path, "org/m", tmp_path / "r.yaml")
+    train = Recipe.load(written).data.train
+    assert (train.text, train.label) == ("Text", "Stimmung") and "not used: Sterne" in notes
+    assert "# its columns are separated by ';'" in written.read_text("utf-8")
+
+
+@pytest.mark.parametrize(("rows", "epochs", "rule"), [(60, 20, "head"), (600, 10, "partial")])
+def test_rate_and_epochs_are_those_of_the_forecasts_runs(
+    rows: int, epochs: int, rule: str, tmp_path: Path
+) -> None:
+    texts = [f"text {i}" for i in range(rows)]
+    notes_of(columns(text=texts, label=["a", "b"] * (rows // 2)), tmp_path)
+    training = Recipe.load(tmp_path / "r.yaml").finetune.training
+    assert (training["learning_rate"], training["num_train_epochs"]) == (1e-3, epochs)
+    written = (tmp_path / "r.yaml").read_text("utf-8")
+    assert f"{round(0.3 * rows)} labels a class are for {rule}" in written
+
+
+def test_comments_of_the_recipe_are_aligned(tmp_path: Path) -> None:
+    rows = columns(text=TEXTS, a_label_with_a_name_that_is_very_long=LABELS)
+    notes_of(rows, tmp_path)
+    lines = (tmp_path / "r.yaml").read_text("utf-8").splitlines()
+    places = [line.rindex("# ") for line in lines if "# " in line[8:]]
+    assert "\t" not in "".join(lines) and len(places) > 12
+    assert sorted(set(places))[0] == 31 and places.count(31) >= len(places) - 2

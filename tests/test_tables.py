@@ -12,11 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from hftl.config.data import Data
+from hftl.data.columns import guess_columns
+from hftl.data.csv_reader import find_separator
 from hftl.data.load import load_rows, read_documents
 from hftl.data.rows import BadRows, InputSpec
 from hftl.data.tables import READERS, read_table, read_text_files
 from hftl.errors import DataError, DataWarning, RecipeError
-from hftl.init import guess_columns, write_recipe
+from hftl.init import write_recipe
 
 ENDINGS = {"LF": "\n", "CRLF": "\r\n", "CR": "\r"}
 TEXTS = ["one line", "two\nlines, quoted", "ends with a break\n", "a\n\nparagraph"]
@@ -270,3 +272,27 @@ def test_keys_of_hub_datasets_are_refused_beside_a_local_file(
     data = parse_data(**({"train": path} | {part: {"path": str(path), key: "x"}}))
     with pytest.raises(RecipeError, match=rf"data\.{part}\.{key} is of datasets of the Hub"):
         read_table(getattr(data, part), part, "text")
+
+
+def write_with_semicolons(path: Path, *rows: str) -> Path:
+    lines = [f'{sentence(n)}, {n};{label(n)};"{n},5"' for n in range(20)]
+    path.write_text("\n".join(["Text;Label;Score", *lines, *rows]))
+    return path
+
+
+def test_semicolons_are_read_as_commas_are(tmp_path: Path) -> None:
+    path = write_with_semicolons(tmp_path / "a.csv", '"one; two\nthree, neg";pos;1', "short;pos")
+    with pytest.warns(DataWarning, match="a.csv: its columns are separated by ';'"):
+        raws = list(READERS["csv"](path))
+    assert raws[20].values == {"Text": "one; two\nthree, neg", "Label": "pos", "Score": "1"}
+    assert raws[0].values["Score"] == "0,5"
+    assert raws[21].fault == "2 fields where the header has 3, cut at ';'"
+    open_quote = write_with_semicolons(tmp_path / "b.csv", '"bad;neg;1', "good;pos;2", '12";pos;3')
+    with pytest.warns(DataWarning), pytest.raises(DataError, match="line 22: a quote opens .* 23"):
+        list(READERS["csv"](open_quote))
+
+
+@pytest.mark.parametrize("header", ['"a;b",c', "a,b;c", "only", "a;", "x\ty;z"])
+def test_a_header_that_commas_or_nothing_separate_stays_so(header: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(f"{header}\n")
+    assert find_separator(tmp_path / "a.csv") == ","
