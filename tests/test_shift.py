@@ -9,7 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.optimize import minimize, minimize_scalar
+from scipy.special import softmax
 from scipy.stats import norm
+from sklearn.base import BaseEstimator
 
 from hftl.errors import DataError, RecipeError
 from hftl.inference.load_predictor import _read_confusion
@@ -57,6 +60,84 @@ def test_bbse_and_rlls_are_exact_with_the_true_confusion() -> None:
     assert np.allclose(estimate_rlls(confusion, conditionals.T @ shares), shares, atol=1e-3)
 
 
+def draw_three(
+    rng: np.random.Generator, rows: int, shares: list[float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return exact probabilities under equal shares of three classes, and the classes."""
+    labels = rng.choice(3, rows, p=shares)
+    return softmax(1.5 * (1.5 * np.eye(3)[labels] + rng.normal(size=(rows, 3))), axis=1), labels
+
+
+class GivenPosteriors(BaseEstimator):
+    """Predict the posteriors that are given as inputs."""
+
+    def fit(self, posteriors: np.ndarray, labels: np.ndarray) -> "GivenPosteriors":
+        self.classes_ = np.unique(labels)
+        return self
+
+    def predict_proba(self, posteriors: np.ndarray) -> np.ndarray:
+        return posteriors
+
+    def predict(self, posteriors: np.ndarray) -> np.ndarray:
+        return posteriors.argmax(1)
+
+
+def test_bbse_and_em_are_those_of_quapy() -> None:
+    quapy: Any = pytest.importorskip("quapy.method.aggregative")
+    rng = np.random.default_rng(6)
+    known, labels = draw_three(rng, 900, [0.5, 0.3, 0.2])
+    new, _ = draw_three(rng, 700, [0.1, 0.3, 0.6])
+    confusion = np.zeros((3, 3))
+    np.add.at(confusion, (labels, known.argmax(1)), 1)
+    given: dict[str, Any] = {"fit_classifier": False, "val_split": None}
+    bbse = estimate_bbse(confusion, np.bincount(new.argmax(1), minlength=3))
+    classifier = GivenPosteriors().fit(known, labels)
+    for method in (quapy.ACC, quapy.BBSEhard):
+        quantifier = method(classifier, solver="exact-raise", **given)
+        # BBSEhard estimates the matrix of predicted and true classes, ACC that of conditionals.
+        theirs = quantifier.fit(known, labels).predict(new)
+        np.testing.assert_allclose(bbse, theirs, atol=1e-9)
+    source = np.bincount(labels) / len(labels)
+    theirs, _ = quapy.EMQ.EM(source, new, 1e-12)
+    np.testing.assert_allclose(estimate_em(new, source), theirs, atol=1e-6)
+    # As it comes, quapy stops at steps of 1e-4.
+    quantifier = quapy.EMQ(classifier, **given).fit(known, labels)
+    np.testing.assert_allclose(estimate_em(new, source), quantifier.predict(new), atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("classes", "rows", "right"), [(2, 60, 0.6), (5, 500, 0.5), (3, 40, 0.1), (4, 30, 0.05)]
+)
+def test_rlls_is_the_constrained_optimum_of_its_paper(
+    classes: int, rows: int, right: float
+) -> None:
+    rng = np.random.default_rng(classes)
+    chances = (right * np.eye(classes) + (1 - right) / classes) / classes
+    confusion = rng.multinomial(rows, chances.ravel()).reshape(classes, classes) + 1e-3
+    predicted = rng.multinomial(300, rng.dirichlet(np.ones(classes))).astype(np.float64)
+    joint = confusion.T / confusion.sum()
+    gap = predicted / predicted.sum() - joint.sum(1)
+    log = np.log(2 * classes / 0.05)
+    for strength in (0.01, 1.0):
+        bound = 3 * (2 * log / (3 * confusion.sum()) + np.sqrt(2 * log / confusion.sum()))
+
+        def loss(theta: np.ndarray, d: float = strength * bound) -> float:
+            return float(np.linalg.norm(joint @ theta - gap) + d * np.linalg.norm(theta))
+
+        starts = [np.full(classes, 0.1), np.linalg.lstsq(joint, gap, rcond=None)[0].clip(-1)]
+        bounds = [(-1, None)] * classes
+        found = [
+            minimize(loss, start, method="SLSQP", bounds=bounds, options={"ftol": 1e-14})
+            for start in starts
+        ]
+        best = min(float(one.fun) for one in found)
+        shares = estimate_rlls(confusion, predicted, strength)
+        # Shares are weights up to a factor: that of the least loss.
+        own = shares / (confusion.sum(1) / confusion.sum())
+        scale = minimize_scalar(lambda c, w=own: loss(c * w - 1), bracket=(0.9, 1.1))
+        assert scale.fun == pytest.approx(best, abs=1e-6)
+
+
 def test_error_of_bbse_falls_as_one_over_the_root_of_rows() -> None:
     rng = np.random.default_rng(0)
 
@@ -100,7 +181,6 @@ def test_share_of_rebalanced_movies_is_estimated_and_corrected() -> None:
     if not path.exists():
         pytest.skip(f"build {path} with benchmarks/assets.py")
     from conftest import bench_of
-    from scipy.special import softmax
 
     from hftl import Recipe
     from hftl.analysis.probe import fit_probe

@@ -9,7 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import sentences, write_csv
 from scipy.special import log_softmax, softmax
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import brier_score_loss
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from support.records import make_record, render
 from torch import nn
 
@@ -57,6 +60,26 @@ def test_no_temperature_near_the_fitted_one_is_more_likely() -> None:
         return -log_softmax(logits / temperature, axis=1)[np.arange(60), labels].mean()
 
     assert loss(fitted) < min(loss(fitted * 0.98), loss(fitted * 1.02))
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_the_temperature_is_that_of_scikit_learn_on_the_same_folds(classes: int) -> None:
+    rng = np.random.default_rng(11)
+    labels = np.arange(240) % classes
+    features = 0.9 * np.eye(classes, 6)[labels] + rng.normal(size=(240, 6))
+    folds = StratifiedKFold(5)
+    model = LogisticRegression(C=100.0)
+    theirs = CalibratedClassifierCV(model, method="temperature", cv=folds, ensemble=False)
+    theirs.fit(features, labels)
+    held_out = cross_val_predict(model, features, labels, cv=folds, method="decision_function")
+    new = np.asarray(model.fit(features, labels).decision_function(features))
+    if classes == 2:
+        held_out, new = (np.stack([0 * logit, logit], axis=1) for logit in (held_out, new))
+    fitted = fit_temperature(np.asarray(held_out), labels)
+    assert fitted is not None and abs(fitted - 1) > 0.02
+    np.testing.assert_allclose(
+        softmax(new / fitted, axis=1), theirs.predict_proba(features), atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0])

@@ -306,7 +306,11 @@ class ClassShare(RecordPart):
     label: str
     train: float
     estimated: Estimate | None
-    """Null where the probe confuses classes so much that their shares are not determined."""
+    """By EM. Null where the probe confuses classes so much that their shares are not determined."""
+    bbse: float | None = None
+    """By black-box shift estimation, from predicted classes alone; null as above."""
+    rlls: float | None = None
+    """The same, with weights drawn towards those of train."""
     labelled: float | None
 
 

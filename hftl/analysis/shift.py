@@ -38,6 +38,8 @@ from hftl.measure.calibration import fit_temperature
 from hftl.measure.shift import (
     MIN_SINGULAR_VALUE,
     ShareEstimate,
+    estimate_bbse,
+    estimate_rlls,
     estimate_shares,
     measure_separability,
 )
@@ -185,6 +187,12 @@ def _compare_classes(
     probabilities = classes.predict(other.features)
     predicted = np.bincount(probabilities.argmax(1), minlength=len(classes.names))
     estimate = classes.estimate(probabilities)
+    by_counts: tuple[np.ndarray, np.ndarray] | None = None
+    if estimate is not None:
+        by_counts = (
+            estimate_bbse(classes.confusion, predicted),
+            estimate_rlls(classes.confusion, predicted),
+        )
     labelled = None
     if other.name == "test":
         targets = context.prepared.encode_targets(other.rows)
@@ -199,6 +207,8 @@ def _compare_classes(
                 value=float(estimate.shares[i]),
                 ci95=(float(estimate.interval[i, 0]), float(estimate.interval[i, 1])),
             ),
+            bbse=None if by_counts is None else float(by_counts[0][i]),
+            rlls=None if by_counts is None else float(by_counts[1][i]),
             labelled=None if labelled is None else float(labelled[i]),
         )
         for i, name in enumerate(classes.names)

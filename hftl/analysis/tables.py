@@ -355,13 +355,14 @@ def format_shift(facts: ShiftAnalysis) -> str:
     shares = [
         [
             f"{one.name}: {row.label}", format_number(row.train), format_estimate(row.estimated),
-            format_number(row.labelled),
+            format_number(row.bbse), format_number(row.rlls), format_number(row.labelled),
         ]
         for one in facts.sets
         for row in one.shares
     ]  # fmt: skip
     if shares:
-        tables.append(render_table(["share of", "train", "estimated", "by labels"], shares))
+        header = ["share of", "train", "by EM", "by BBSE", "by RLLS", "by labels"]
+        tables.append(render_table(header, shares))
     notes = [f"  {facts.train_rows:,} rows of train, on {facts.site} of {facts.source}"]
     if [one.name for one in facts.sets] == ["test"]:
         notes.append("  no unlabelled data: give data.unlabeled to compare it, too")

@@ -5,6 +5,7 @@ All assume label shift: other shares of classes, and the same inputs within each
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +15,8 @@ MIN_SINGULAR_VALUE = 0.1
 """Of the matrix of predicted by true class, columns adding up to 1. Below it shares that differ
 much look the same to the classifier."""
 TOLERANCE, MAX_STEPS = 1e-7, 5000
+LOG_RIDGES = (-30.0, 10.0)
+"""Logarithms of the strengths of ridge regression between which that of `estimate_rlls` lies."""
 
 
 @dataclass(frozen=True)
@@ -51,29 +54,41 @@ def estimate_rlls(
     confusion: np.ndarray, predicted: np.ndarray, strength: float = 0.01, confidence: float = 0.05
 ) -> np.ndarray:
     """Return the shares by regularized learning under label shift (Azizzadenesheli et al. 2019,
-    ICLR): the weights w of classes are 1 + theta, theta = argmin |C theta - b| + d |theta|.
+    ICLR): the weights w >= 0 of classes minimize |C w - q| + d |w - 1|.
+
+    Neither norm is squared, so that the weights of a confusion matrix which is far from singular
+    are those of BBSE. The least sum lies on the path of ridge regressions towards 1, and falls and
+    then rises along it.
 
     Args:
         confusion: as in `estimate_bbse`.
         predicted: the same.
-        strength: of the penalty; d falls as 1 / sqrt(rows).
-        confidence: of the bound that d comes from.
+        strength: of the penalty d, which falls as 1 / sqrt(rows); theirs.
+        confidence: that the bound on the error of C, which d comes from, does not hold; theirs.
     """
-    from scipy.optimize import minimize
+    from scipy.optimize import minimize_scalar, nnls
 
     rows, classes = confusion.sum(), len(confusion)
-    joint = confusion.T / rows
-    gap = predicted / predicted.sum() - joint.sum(1)
+    joint, shares = confusion.T / rows, predicted / predicted.sum()
     log = np.log(2 * classes / confidence)
-    penalty = strength * (2 * log / (3 * rows) + np.sqrt(2 * log / rows))
+    penalty = strength * 3 * (2 * log / (3 * rows) + np.sqrt(2 * log / rows))
 
-    def loss(theta: np.ndarray) -> float:
-        return float(np.linalg.norm(joint @ theta - gap) + penalty * np.linalg.norm(theta))
+    def find_weights(ridge: float) -> np.ndarray:
+        root = np.sqrt(ridge)
+        matrix = np.vstack([joint, root * np.eye(classes)])
+        return nnls(matrix, np.concatenate([shares, np.full(classes, root)]))[0]
 
-    start = np.linalg.lstsq(joint, gap, rcond=None)[0]
-    best = minimize(loss, start, method="Nelder-Mead", options={"xatol": 1e-8, "fatol": 1e-12})
-    shares = np.clip(1 + best.x, 0, None) * confusion.sum(1) / rows
-    return shares / shares.sum()
+    def loss(weights: np.ndarray) -> float:
+        misfit = np.linalg.norm(joint @ weights - shares)
+        return float(misfit + penalty * np.linalg.norm(weights - 1))
+
+    path: Any = minimize_scalar(
+        lambda log_ridge: loss(find_weights(np.exp(log_ridge))),
+        bounds=LOG_RIDGES, method="bounded", options={"xatol": 1e-6},
+    )  # fmt: skip
+    ends = [find_weights(0.0), find_weights(float(np.exp(path.x))), np.ones(classes)]
+    estimate = min(ends, key=loss) * confusion.sum(1)
+    return estimate / estimate.sum()
 
 
 def estimate_em(probabilities: np.ndarray, source_shares: np.ndarray) -> np.ndarray:
