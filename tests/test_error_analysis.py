@@ -24,6 +24,7 @@ from hftl.measure.error_analysis import (
     analyze_errors,
     rank_by_confidence,
 )
+from hftl.measure.facts import CalibrationSection
 from hftl.measure.record import Record
 
 TEXTS = ["a", "b", "c", "d"]
@@ -112,6 +113,44 @@ def test_errors_of_classes_come_with_the_surest_first(tmp_path: Path) -> None:
         (("c",), "negative", "positive", 0.8, "t.csv line 4"),
         (("b",), "positive", "negative", 0.7, "t.csv line 3"),
     ]
+
+
+def test_probabilities_of_mistakes_are_those_after_calibration(tmp_path: Path) -> None:
+    stored_classes(tmp_path)
+    logits = torch.tensor([[3.0, 0.0], [1.0, 0.0], [0.0, 2.0], [4.0, 0.0]])
+    save_file({"test": logits}, tmp_path / "logits.safetensors")
+    rows = [
+        Row((text,), label, None, i, f"t.csv line {i + 2}")
+        for i, (text, label) in enumerate(zip(TEXTS, ["negative", "positive"] * 2, strict=True))
+    ]
+    prepared = PreparedData("classification", "text", ["negative", "positive"], {"test": rows}, {})
+    score = {"value": 0.1, "ci95": None}
+    scores: dict[str, Any] = {"ece": score, "brier": score}
+    calibration = CalibrationSection.model_validate(
+        {"temperature": 2.0, "bins": 2, "before": scores, "after": scores}
+    )
+    errors = analyze_errors(prepared, tmp_path, None, calibration)
+    expected = torch.sigmoid(torch.tensor([4.0, 2.0, 1.0]) / 2).tolist()
+    assert [m.confidence for m in errors.mistakes] == pytest.approx(expected)
+    assert [m.prediction for m in errors.mistakes] == ["negative", "positive", "negative"]
+
+
+def test_probabilities_of_missed_labels_are_by_their_curves(tmp_path: Path) -> None:
+    rows = [Row((text,), ("x",), None, i, f"t.csv line {i + 2}") for i, text in enumerate("ab")]
+    prepared = PreparedData("multi-label", "text", ["x", "y"], {"test": rows}, {})
+    save_file({"test": torch.tensor([[2.0, -1.0], [-2.0, 1.0]])}, tmp_path / "logits.safetensors")
+    score = {"value": 0.1, "ci95": None}
+    scores: dict[str, Any] = {"ece": score, "brier": score}
+    curves = {
+        "x": {"method": "platt", "slope": 0.5, "intercept": -1.0},
+        "y": {"method": "isotonic", "logits": [-1.0, 3.0], "probabilities": [0.2, 0.6]},
+    }
+    calibration = CalibrationSection.model_validate(
+        {"temperature": None, "labels": curves, "bins": 2, "before": scores, "after": scores}
+    )
+    errors = analyze_errors(prepared, tmp_path, np.array([0.5, 0.5]), calibration)
+    expected = {"not x": 1 - torch.sigmoid(torch.tensor(-2.0)).item(), "y": 0.4}
+    assert {m.prediction: m.confidence for m in errors.mistakes} == pytest.approx(expected)
 
 
 def test_the_surest_come_in_the_order_of_equals_and_at_most_20() -> None:

@@ -47,6 +47,7 @@ from hftl.card.wording import (
     has_forgetting,
     input_kind,
     is_pooled,
+    name_surety,
 )
 from hftl.finetune.strategies import PROBE_ARM
 from hftl.measure.metrics import describe_metric
@@ -360,8 +361,7 @@ def _build_example_rows(record: Record) -> list[list[str]]:
     """Return the table of mistakes, a header first; empty where none may go out."""
     if not record.examples:
         return []
-    target = record.data.task == "regression"
-    rows = [["input", "true", "said", "off by" if target else "probability"]]
+    rows = [["input", "true", "said", name_surety(record)]]
     for example in record.examples:
         if example.picture is not None:
             shown = f"![]({example.picture})"

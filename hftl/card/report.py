@@ -16,7 +16,7 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
-from hftl.card.wording import to_one_line
+from hftl.card.wording import name_surety, to_one_line
 from hftl.finetune.strategies import PROBE_ARM
 from hftl.measure.error_analysis import ClassScore, ErrorAnalysis, Mistake
 from hftl.measure.record import Example, Record, WidgetExample, WidgetScore
@@ -155,7 +155,7 @@ def _build_errors_section(
         tables=_build_score_tables(errors, noun),
         confused=_build_confusion_rows(errors),
         heading=f"The {shown} largest errors" if target else f"Its {shown} surest mistakes",
-        confidence="off by" if target else "probability",
+        confidence=name_surety(record),
         mistakes=[_build_mistake_row(mistake, picture) for mistake in errors.mistakes],
     )
 

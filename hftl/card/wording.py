@@ -32,6 +32,14 @@ MARKUP = re.compile(
 """Characters that Markdown, or GitHub's, might take for more than text."""
 
 
+def name_surety(record: Record) -> str:
+    """Return what is said of a mistake: how far off it is, or its probability."""
+    if record.data.task == "regression":
+        return "off by"
+    is_calibrated = record.calibration is not None and record.calibration.after is not None
+    return "calibrated probability" if is_calibrated else "probability"
+
+
 def to_one_line(text: str, longest: int = MAX_NAME_CHARACTERS) -> str:
     """Return text in one line: invisible characters are spelt out, and what is too long is cut."""
     shown = "".join(map(_spell_invisible, " ".join(text[: 4 * longest].split())))

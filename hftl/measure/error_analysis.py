@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.special import softmax
 
 from hftl.data.labels import decode_logits, encode_for_metrics, recognize_tag_scheme
 from hftl.data.prepare import PreparedData
 from hftl.data.rows import Row
 from hftl.finetune.arm_files import PREDICTIONS, read_logits
+from hftl.measure.facts import CalibrationSection
 from hftl.measure.gain import SplitPredictions
+from hftl.measure.label_calibration import compute_probabilities
 from hftl.measure.metrics import extract_entities
 from hftl.measure.record import ClassGain, ClassGains
 
@@ -157,7 +160,8 @@ class Mistake:
     """Describe one wrong answer.
 
     `content` are texts, words, or the hash of an image; `word` is the position of the word that was
-    tagged wrong. `confidence` is the probability of the prediction, for a target how far off it is.
+    tagged wrong. `confidence` is the probability of the prediction, calibrated where the run is,
+    for a target how far off it is.
     """
 
     content: tuple[str, ...]
@@ -184,8 +188,9 @@ class ErrorAnalysis:
 
 
 def analyze_errors(
-    prepared: PreparedData, folder: Path, thresholds: np.ndarray | None = None
-) -> ErrorAnalysis:
+    prepared: PreparedData, folder: Path, thresholds: np.ndarray | None = None,
+    calibration: CalibrationSection | None = None,
+) -> ErrorAnalysis:  # fmt: skip
     """Return the errors of one arm and seed on the test rows.
 
     Args:
@@ -193,6 +198,8 @@ def analyze_errors(
         folder: the arm's, with its predictions and logits.
         thresholds: (classes,) at which the published weights decide labels; None: .5, as the
             stored predictions.
+        calibration: of the published weights, that `predict` gives probabilities by; None: those
+            of the softmax or sigmoid.
     """
     import pyarrow.parquet as pq
 
@@ -203,6 +210,8 @@ def analyze_errors(
         predictions, scores = decode_logits(
             read_logits(folder, "test"), prepared.task, prepared.names, [], thresholds
         )
+    if calibration is not None and calibration.after is not None:
+        scores = _calibrate(read_logits(folder, "test"), prepared.names, calibration)
     analyze = {
         "classification": _analyze_classification,
         "multi-label": _analyze_multi_label,
@@ -210,6 +219,17 @@ def analyze_errors(
         "regression": _analyze_regression,
     }[prepared.task]
     return analyze(prepared, prepared.rows["test"], predictions, scores)
+
+
+def _calibrate(
+    logits: np.ndarray, names: Sequence[str], calibration: CalibrationSection
+) -> list[list[float]]:
+    """Return the probabilities of rows by the curves of labels, or at the temperature."""
+    if calibration.labels is not None:
+        curves = [calibration.labels[name] for name in names]
+        return compute_probabilities(logits, curves).tolist()
+    temperature = calibration.temperature or 1.0
+    return softmax(logits.astype(np.float64) / temperature, axis=1).tolist()
 
 
 def collect_sample_outputs(

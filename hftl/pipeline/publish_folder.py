@@ -93,7 +93,8 @@ def _load_errors(run: Path, record: Record) -> tuple[ErrorAnalysis, ImageLookup 
     thresholds = None
     if record.thresholds is not None:
         thresholds = np.array([record.thresholds.thresholds[name] for name in prepared.names])
-    errors = analyze_errors(prepared, _find_published_arm(run, record), thresholds)
+    arm = _find_published_arm(run, record)
+    errors = analyze_errors(prepared, arm, thresholds, record.calibration)
     if record.data.modality != "image":
         return errors, None
     return errors, load_image_cache(phases / "pixels").__getitem__
