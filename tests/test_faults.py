@@ -292,6 +292,29 @@ def test_labels_are_judged_by_more_of_a_text_than_the_recipe_leaves(
     assert recipe.data.max_length == cut
 
 
+@pytest.mark.parametrize("declared", [None, "tokenizer", "leakage"])
+def test_wrong_labels_are_not_said_of_words_that_mean_nothing(
+    declared: Any, tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In upper case the rows of movies were unknown tokens, which the tables show by themselves,
+    and their labels were called wrong."""
+    wrong = Finding(kind="label errors", what="labels err", confidence="possible", fix="look")
+    monkeypatch.setattr("hftl.pipeline.faults.SOURCE_CHECKS", (lambda examined: iter([wrong]),))
+    tree: dict[str, Any] = {
+        "source": {"model": str(tiny_model())},
+        "data": write_tables(tmp_path, train=sentences(80)) | {"max_length": 16},
+        "measure": {"seeds": [0], "arms": []},
+    }
+    recipe = Recipe.parse(tree)
+    facts = CheckFacts(warnings=[])
+    if declared is not None:
+        facts.findings.append(Finding(kind=declared, what="it", confidence="likely", fix="mend it"))
+    found = add_source_faults(recipe, open_recipe(recipe), facts)
+    is_misled = declared == "tokenizer"
+    assert ("label errors" not in [one.kind for one in found.findings]) == is_misled
+    assert (found.examined or "").endswith("are mended") == is_misled
+
+
 def test_permuted_labels_of_a_table_are_found(clean: Any, tmp_path: Path) -> None:
     parts = split_rows(sentences(260))
     other = {"negative": "positive", "positive": "negative"}

@@ -44,9 +44,7 @@ def _add_source_faults(recipe: Recipe, context: ExperimentContext, facts: CheckF
         if finding.cost is None or finding.kind not in priced
     ]
     later = ""
-    if any(finding.kind in MISLEADING for finding in findings) or any(
-        _misleads_probe(finding) for finding in (*declared, *findings)
-    ):
+    if any(_misleads_probe(finding) for finding in (*declared, *findings)):
         findings = [finding for finding in findings if finding.kind != "label errors"]
         later = "; wrong labels are sought once the faults below are mended"
     count, rows = len(examined.rows), len(context.prepared.rows["train"])
@@ -63,4 +61,7 @@ def _add_source_faults(recipe: Recipe, context: ExperimentContext, facts: CheckF
 
 
 def _misleads_probe(finding: Finding) -> bool:
+    """Return whether a probe errs where it is sure, whatever the labels."""
+    if finding.kind in MISLEADING:
+        return True
     return finding.kind in READINGS and finding.cost is not None and finding.cost >= MIN_COST
