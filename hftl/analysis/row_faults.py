@@ -21,6 +21,11 @@ from hftl.train.facts import Finding
 
 MAX_PLACES = 3
 """Places that a finding names, at most."""
+LOOK_ALIKES = (
+    "re-encoded, resized, in other colours or strokes; small ones of one outline can be "
+    "look-alikes: 3 of 10 pairs of garments were"
+)
+"""What near pictures are. No limit tells the false ones from the others, see `data.duplicates`."""
 LEVEL = 0.001
 LOG_TIE = 1e-7
 """By how much logarithms of equal probabilities may differ."""
@@ -39,19 +44,21 @@ def check_near_leakage(recipe: Recipe, prepared: PreparedData) -> Iterator[Findi
     tested = {id(pair.row) for pair in pairs if pair.split == "test"}
     tested |= {id(pair.other) for pair in pairs if pair.other_split == "test"}
     is_image = prepared.modality == "image"
-    name, how = ("text", "in a few words")
+    name, evidence = ("text", "they differ in a few words")
     if is_image:
-        name, how = ("picture", "re-encoded, resized or in a few strokes")
+        name, evidence = ("picture", LOOK_ALIKES)
     fix = (
         "remove them" if recipe.data.group else "name what they share in data.group, or remove them"
     )
+    if is_image:
+        fix = f"look at them, then {fix}"
     yield Finding(
         kind="leakage",
         what=describe_near_copies(len(rows), name),
         where=list_places(pairs),
         rows=len(tested),
         confidence="likely",
-        evidence=f"they differ {how}",
+        evidence=evidence,
         fix=fix,
     )
 

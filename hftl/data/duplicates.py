@@ -32,7 +32,10 @@ MAX_GREY_DIFFERENCE, MAX_FINE_DISTANCE = 4.0, 30
 black share them, and differ by more (5.9 levels at least in 276 pairs, 18 in the median). Resized
 and re-encoded copies of theirs differ by .9 to 3 in the median, smooth pictures by less than 1. The
 signs are for other colours, and were counted on hashes of 64 x 64 pixels: garments 32 at least and
-66 in the median, copies 2 to 18, two drawings of clip art in other colours 22 and 30."""
+66 in the median, copies 2 to 18, two drawings of clip art in other colours 22 and 30. Of the ten
+pairs of garments across splits seven are one garment (6 to 30 signs, 0 to 17 levels, thumbnails
+correlated by .969 to 1), three are other shoes (26 to 30, 10 to 20, .962 to .975): nothing of these
+separates them."""
 CHUNK_PAIRS = 1 << 22
 """Pairs of hashes that are compared at once."""
 CHUNK_THUMBNAILS = 1 << 13
