@@ -28,6 +28,7 @@ from hftl.measure.facts import CalibrationSection
 from hftl.measure.record import Record
 
 TEXTS = ["a", "b", "c", "d"]
+NO_FACTS: Any = {}
 
 
 def stored(
@@ -40,7 +41,7 @@ def stored(
         Row(content, label, None, i, f"t.csv line {i + 2}")
         for i, (content, label) in enumerate(zip(contents, labels, strict=True))
     ]
-    prepared = PreparedData(task, "text", names, {"test": rows}, {})
+    prepared = PreparedData(task, "text", names, {"test": rows}, NO_FACTS)
     table = {
         "split": ["validation", *["test"] * len(rows)], "row": [0, *range(len(rows))],
         "label": [said[0], *labels], "prediction": [said[0], *said], "scores": [scores[0], *scores],
@@ -74,7 +75,7 @@ def test_errors_of_names_are_names_said_or_missed(tmp_path: Path) -> None:
 
 def test_errors_of_names_are_those_at_the_published_thresholds(tmp_path: Path) -> None:
     rows = [Row((text,), ("x",), None, i, f"t.csv line {i + 2}") for i, text in enumerate("ab")]
-    prepared = PreparedData("multi-label", "text", ["x", "y"], {"test": rows}, {})
+    prepared = PreparedData("multi-label", "text", ["x", "y"], {"test": rows}, NO_FACTS)
     logits = torch.tensor([[-0.5, 1.0], [-1.5, -1.0]])
     save_file({"test": logits}, tmp_path / "logits.safetensors")
     errors = analyze_errors(prepared, tmp_path, np.array([0.3, 0.8]))
@@ -123,7 +124,8 @@ def test_probabilities_of_mistakes_are_those_after_calibration(tmp_path: Path) -
         Row((text,), label, None, i, f"t.csv line {i + 2}")
         for i, (text, label) in enumerate(zip(TEXTS, ["negative", "positive"] * 2, strict=True))
     ]
-    prepared = PreparedData("classification", "text", ["negative", "positive"], {"test": rows}, {})
+    names = ["negative", "positive"]
+    prepared = PreparedData("classification", "text", names, {"test": rows}, NO_FACTS)
     score = {"value": 0.1, "ci95": None}
     scores: dict[str, Any] = {"ece": score, "brier": score}
     calibration = CalibrationSection.model_validate(
@@ -137,7 +139,7 @@ def test_probabilities_of_mistakes_are_those_after_calibration(tmp_path: Path) -
 
 def test_probabilities_of_missed_labels_are_by_their_curves(tmp_path: Path) -> None:
     rows = [Row((text,), ("x",), None, i, f"t.csv line {i + 2}") for i, text in enumerate("ab")]
-    prepared = PreparedData("multi-label", "text", ["x", "y"], {"test": rows}, {})
+    prepared = PreparedData("multi-label", "text", ["x", "y"], {"test": rows}, NO_FACTS)
     save_file({"test": torch.tensor([[2.0, -1.0], [-2.0, 1.0]])}, tmp_path / "logits.safetensors")
     score = {"value": 0.1, "ci95": None}
     scores: dict[str, Any] = {"ece": score, "brier": score}

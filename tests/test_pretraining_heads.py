@@ -207,7 +207,7 @@ def test_masked_image_loss_equals_vit_mae_s(
 def test_figures_are_means_over_all_masked_elements() -> None:
     draw = np.random.default_rng(0)
 
-    def side() -> dict[str, np.ndarray]:
+    def side() -> Any:
         positions = np.arange(40) % 4  # No token of the first row of four was masked.
         means = np.where(positions > 0, draw.exponential(size=40), 0)
         return {
@@ -228,7 +228,7 @@ def test_figures_are_means_over_all_masked_elements() -> None:
     # A seed of an earlier version did not measure it.
     del after[1]["mlm_loss"]
     assert measure_forgetting(before, {"own": after}, spec)["own"]["mlm_loss"] is None
-    nothing = {**before, "mlm_loss": np.zeros((40, 2), np.float32)}
+    nothing: Any = {**before, "mlm_loss": np.zeros((40, 2), np.float32)}
     assert measure_forgetting(nothing, {"own": [nothing]}, spec)["own"]["mlm_loss"] is None
 
 

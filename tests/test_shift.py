@@ -134,7 +134,7 @@ def test_rlls_is_the_constrained_optimum_of_its_paper(
         shares = estimate_rlls(confusion, predicted, strength)
         # Shares are weights up to a factor: that of the least loss.
         own = shares / (confusion.sum(1) / confusion.sum())
-        scale = minimize_scalar(lambda c, w=own: loss(c * w - 1), bracket=(0.9, 1.1))
+        scale: Any = minimize_scalar(lambda c, w=own: loss(c * w - 1), bracket=(0.9, 1.1))
         assert scale.fun == pytest.approx(best, abs=1e-6)
 
 
