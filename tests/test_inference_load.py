@@ -1,8 +1,11 @@
 """Refuse published models and bases that are incomplete or hold pickles."""
 
+import json
 import os
 import pickle
 import shutil
+import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,15 +13,18 @@ from typing import Any
 import pytest
 import torch
 from conftest import bench_of, sentences, write_csv
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from support.planted_defects import drop, reconfigure, retensor, rewrite, save, wrapped
 from support.published_model import open_context, publish_model, write_data
 from support.tiny import save_tiny, tiny_config, tiny_tokenizer
 
 import hftl
+from hftl import cli
 from hftl.config.recipe import Recipe
 from hftl.doctor.checks import examine_adapter
-from hftl.errors import HftlError
+from hftl.errors import HftlError, RunFolderError
+from hftl.inference import load_predictor
 from hftl.inference.compare import compare_models
 from hftl.inference.predict_table import predict_table
 
@@ -156,6 +162,104 @@ def refused(folder: Path, base: Path | None = None) -> str:
 @pytest.mark.parametrize("kind", KINDS)
 def test_sound_folder_loads(kind: str, made: dict[str, Path]) -> None:
     hftl.load(made[kind])
+
+
+OWN_FUNCTIONS = [
+    ("text", "load_predictor._infer_task"), ("text", "load_predictor.find_inputs_folder"),
+    ("text", "load_predictor.read_label_curves"), ("text", "load_predictor.get_max_tokens"),
+    ("image", "load_predictor.get_image_size"), ("text", "load._read_quantization"),
+    ("lora", "load.compare_shapes"), ("pooled", "load.get_hidden_size"),
+]  # fmt: skip
+
+
+def fail(*_: object, **__: object) -> None:
+    raise TypeError("not of the folder")
+
+
+@pytest.mark.parametrize(("kind", "name"), OWN_FUNCTIONS)
+def test_error_in_code_of_hftl_is_no_fault_of_the_folder(
+    kind: str, name: str, made: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"hftl.inference.{name}", fail)
+    with pytest.raises(TypeError, match="not of the folder"):
+        hftl.load(made[kind])
+
+
+def test_error_in_code_of_hftl_ends_a_command_as_a_bug(
+    made: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    table = write_csv(tmp_path / "rows.csv", ["text", "label"], sentences(4))
+    monkeypatch.setattr(load_predictor, "get_max_tokens", fail)
+    monkeypatch.setattr(sys, "argv", ["hftl", "predict", str(made["text"]), str(table)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 1 and "a bug in hftl" in capsys.readouterr().err
+
+
+SETTINGS = [
+    (kind, file)
+    for kind, files in (
+        ("text", ("config.json", "tokenizer_config.json")), ("pooled", ("config.json",)),
+        ("image", ("config.json", "preprocessor_config.json")),
+        ("lora", ("config.json", "adapter_config.json")),
+    )
+    for file in files
+]  # fmt: skip
+SENSELESS = (None, True, -1, 3, 0.5, "x", [], ["x"], {}, {"x": "y"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "file"), SETTINGS)
+def test_any_setting_of_a_published_folder_is_read_or_refused(
+    kind: str, file: str, made: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(made[kind], tmp_path / "publish"))
+    content = (folder / file).read_text()
+    bugs = []
+    for key in json.loads(content):
+        for value in SENSELESS:
+            rewrite(folder / file, **{key: value})
+            try:
+                hftl.load(folder)
+            except HftlError as error:
+                assert error.exit_code in (2, 4, 5) and error.fix, f"{key} = {value!r}: {error}"
+            except Exception as error:  # noqa: BLE001 (what may not come)
+                frame = traceback.extract_tb(error.__traceback__)[-1]
+                bugs.append(f"{key} = {value!r}: {error!r} in {frame.name}, line {frame.lineno}")
+            (folder / file).write_text(content)
+    assert bugs == []
+
+
+@pytest.mark.parametrize("settings", [
+    {"image_mean": [0.5, 0.5]}, {"image_mean": "half"}, {"rescale_factor": "x"}, {"resample": 77},
+    {"image_std": [0, 0, 0]}, {"size": "large"},
+])  # fmt: skip
+def test_image_processor_of_senseless_settings_is_refused(
+    settings: dict[str, Any], made: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(made["image"], tmp_path / "publish"))
+    rewrite(folder / "preprocessor_config.json", **settings)
+    with pytest.raises(HftlError) as caught:
+        # Some settings are read with the first picture.
+        hftl.load(folder).predict([Image.new("RGB", (40, 50))])
+    assert caught.value.exit_code in (2, 4) and caught.value.fix
+
+
+@pytest.mark.parametrize(("tensors", "metadata"), [
+    ({}, None), ({}, {"pooling": "none"}), ({}, {"pooling": "cls+mean", "prefix_tokens": "-1"}),
+    ({"projection": torch.ones(64)}, {"pooling": "mean"}),
+])  # fmt: skip
+def test_head_that_makes_no_sense_is_refused(
+    tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None, made: dict[str, Path],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    folder = Path(shutil.copytree(made["pooled"], tmp_path / "publish"))
+    path = folder / "head.safetensors"
+    save_file(load_file(path) | tensors, path, metadata)
+    rewrite(folder / "hftl.json", weight_files=None)
+    with pytest.raises(RunFolderError, match=r"head\.safetensors"):
+        hftl.load(folder)
 
 
 @pytest.mark.parametrize(("kind", "named", "damage"), DAMAGED)

@@ -12,6 +12,7 @@ from sklearn.frozen import FrozenEstimator
 from sklearn.metrics import brier_score_loss
 from support.records import make_record, render
 
+from hftl.errors import RunFolderError
 from hftl.inference.published_scores import read_label_curves
 from hftl.measure.facts import LabelCurve
 from hftl.measure.label_calibration import (
@@ -154,10 +155,10 @@ def test_curves_are_read_in_the_order_of_the_labels(tmp_path: Path) -> None:
     path = tmp_path / "hftl.json"
     path.write_text(f'{{"calibration": {{"labels": {{"b": {platt}, "a": {isotonic}}}}}}}')
     metadata = PublishedMetadata.read(tmp_path)
-    curves = read_label_curves(metadata, "multi-label", ["a", "b"])
+    curves = read_label_curves(tmp_path, metadata, "multi-label", ["a", "b"])
     assert curves is not None
     values = compute_probabilities(np.array([[0.5, 0.5], [9.0, 1.0]]), curves)
     np.testing.assert_allclose(values, [[0.5, 0.5], [0.9, expit(1)]])
-    assert read_label_curves(metadata, "classification", ["a", "b"]) is None
-    with pytest.raises(ValueError, match="calibrates b, a, and the labels are a, c"):
-        read_label_curves(metadata, "multi-label", ["a", "c"])
+    assert read_label_curves(tmp_path, metadata, "classification", ["a", "b"]) is None
+    with pytest.raises(RunFolderError, match="calibrates b, a, and the labels are a, c"):
+        read_label_curves(tmp_path, metadata, "multi-label", ["a", "c"])

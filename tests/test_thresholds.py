@@ -1,5 +1,6 @@
 """Fit thresholds of several labels on validation, and refuse those that make no sense."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,7 @@ from sklearn.metrics import f1_score
 from support.records import make_record, render
 
 from hftl.config.recipe import Recipe
-from hftl.errors import RecipeError
+from hftl.errors import RecipeError, RunFolderError
 from hftl.inference.published_scores import read_thresholds
 from hftl.measure.facts import LabelCurve
 from hftl.measure.label_calibration import compute_probabilities, fit_label_curves, invert_curve
@@ -119,10 +120,10 @@ def test_thresholds_are_measured_on_rows_they_were_not_fitted_on() -> None:
 
 def test_thresholds_of_the_config_are_read_in_the_order_of_the_labels() -> None:
     config = SimpleNamespace(label_thresholds={"b": 0.25, "a": 0.5})
-    read = read_thresholds(config, "multi-label", ["a", "b"])
+    read = read_thresholds(Path("x"), config, "multi-label", ["a", "b"])
     assert read is not None and read.tolist() == [0.5, 0.25]
-    assert read_thresholds(config, "classification", ["a", "b"]) is None
-    assert read_thresholds(SimpleNamespace(), "multi-label", ["a", "b"]) is None
+    assert read_thresholds(Path("x"), config, "classification", ["a", "b"]) is None
+    assert read_thresholds(Path("x"), SimpleNamespace(), "multi-label", ["a", "b"]) is None
 
 
 @pytest.mark.parametrize(
@@ -132,8 +133,8 @@ def test_thresholds_of_the_config_are_read_in_the_order_of_the_labels() -> None:
 )  # fmt: skip
 def test_thresholds_that_make_no_sense_are_refused(given: object, said: str) -> None:
     config = SimpleNamespace(label_thresholds=given)
-    with pytest.raises(ValueError, match=said):
-        read_thresholds(config, "multi-label", ["a", "b"])
+    with pytest.raises(RunFolderError, match=said):
+        read_thresholds(Path("x"), config, "multi-label", ["a", "b"])
 
 
 @pytest.mark.parametrize("task", ["classification", "regression"])

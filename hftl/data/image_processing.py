@@ -1,7 +1,8 @@
 """Split what the source's own image processor does into a canvas and the arithmetic after it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -9,12 +10,32 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hftl.errors import RecipeError
+from hftl.errors import RecipeError, format_error_line
 
 ARITHMETIC_SWITCHES = ("do_rescale", "do_normalize", "include_top")
 """A processor's switches of what comes after resize and crop, in transformers' names."""
 CANVAS_SWITCHES = ("do_resize", "do_center_crop", "do_flip_channel_order")
 """Its switches of what the canvas is the result of; MobileViT reads blue, green and red."""
+
+
+@contextmanager
+def wrap_processor_errors(processor: Any) -> Iterator[None]:
+    """Turn what a processor raises on a picture, by settings that make no sense, into one line.
+
+    Args:
+        processor: of images.
+
+    Raises:
+        RecipeError: with the library's own words.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        # A mean of two channels, a word for a number, a filter of an unknown name.
+        raise RecipeError(
+            f"{_describe_processor(processor)} cannot read a picture: {format_error_line(error)}",
+            "Save the model's own processor beside it",
+        ) from error
 
 
 def get_image_size(processor: Any) -> int:
@@ -105,7 +126,8 @@ def _run_without(switches: tuple[str, ...], processor: Any, image: Any, **more: 
     """
     settings = processor.to_dict()
     off = {switch: False for switch in switches if switch in settings}
-    outputs = processor(image, return_tensors="np", **off, **more)
+    with wrap_processor_errors(processor):
+        outputs = processor(image, return_tensors="np", **off, **more)
     pixels = np.asarray(outputs["pixel_values"][0])
     if makes_patches(processor):
         return join_patches(pixels, outputs["spatial_shapes"][0])
@@ -150,7 +172,8 @@ def build_normalizer(processor: Any) -> Callable[[Tensor], Tensor]:
         A function of uint8 (batch, 3, height, width), on any device, to the same shape in float32.
 
     Raises:
-        RecipeError: if a scale and a shift of each channel do not reproduce the processor.
+        RecipeError: if a scale and a shift of each channel do not reproduce the processor, or it
+            makes anything but finite numbers.
     """
     # Each channel holds its values in another place, so that swapped channels are noticed.
     ramp = np.stack([np.roll(np.arange(256), 85 * channel) for channel in range(3)])
@@ -169,7 +192,8 @@ def build_normalizer(processor: Any) -> Callable[[Tensor], Tensor]:
         return pixels.float().mul_(scale.to(pixels.device)).add_(shift.to(pixels.device))
 
     actual = normalize(torch.from_numpy(ramp)).double().numpy()
-    if np.abs(actual - expected).max() > 1e-6 * max(1, np.abs(expected).max()):
+    # Infinite numbers, as of a deviation of 0, are within no tolerance.
+    if not np.abs(actual - expected).max() <= 1e-6 * max(1, np.abs(expected).max()):
         raise _build_affine_error(processor)
     return normalize
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from hftl.config.data import Data, Table
 from hftl.config.recipe import Recipe
 from hftl.data import prepare
@@ -54,7 +56,7 @@ def read_labelled_items(path: Path, predictor: Predictor, folder: Path) -> Label
         raise DataError(f"{path} does not exist", "Check the path")
     published = PublishedMetadata.read(folder).recipe.data
     columns = published.train.model_dump()
-    with wrap_loading_errors(folder):
+    with wrap_loading_errors(folder, (ValidationError,)):
         data = Data(
             task=predictor.task,  # pyright: ignore[reportArgumentType]
             train=Table(path=str(path), **columns),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hftl.errors import HftlError, RecipeError, RunFolderError, is_out_of_memory
 from hftl.measure.record import PUBLISHED_FILE
-from hftl.models.source import LOADING_ERRORS, describe_load_error, find_source, hash_source_weights
+from hftl.models.source import describe_load_error, find_source, hash_source_weights
 from hftl.publish import reload_check
 from hftl.publish.base_reference import resolve_base
 from hftl.publish.published_metadata import PublishedMetadata, find_changed_weights
@@ -21,8 +21,13 @@ from hftl.runtime import finished_files, paths
 
 
 @contextmanager
-def wrap_loading_errors(folder: Path) -> Iterator[None]:
-    """Turn the errors of a folder's own files into one line.
+def wrap_loading_errors(folder: Path, kinds: tuple[type[Exception], ...]) -> Iterator[None]:
+    """Turn the errors of a call that reads a folder's own files into one line.
+
+    Args:
+        folder: that is read.
+        kinds: of exception that the call raises on files of anybody's. Nothing but the call belongs
+            into the body: an error in code of ours is a bug, and no fault of the folder.
 
     Raises:
         RunFolderError: if it does not load.
@@ -31,14 +36,16 @@ def wrap_loading_errors(folder: Path) -> Iterator[None]:
         yield
     except HftlError:
         raise
-    except LOADING_ERRORS as error:
+    except kinds as error:
         if is_out_of_memory(error):
             raise
-        name = paths.get_display_name(folder)
-        raise RunFolderError(
-            f"{name} does not load: {describe_load_error(error)}",
-            f"Look closer: hftl doctor {name}",
-        ) from error
+        raise build_loading_error(folder, describe_load_error(error)) from error
+
+
+def build_loading_error(folder: Path, why: str) -> RunFolderError:
+    """Build the error for a published folder whose files make no sense."""
+    name = paths.get_display_name(folder)
+    return RunFolderError(f"{name} does not load: {why}", f"Look closer: hftl doctor {name}")
 
 
 def find_published_folder(path: str | Path) -> Path:

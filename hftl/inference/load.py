@@ -32,7 +32,13 @@ from hftl.models.encoders import get_stock_encoder, has_prefix
 from hftl.models.heads import get_placeholder_name
 from hftl.models.lora_concat import PEFT_PREFIX
 from hftl.models.quantization import build_quantization_config, check_quantization
-from hftl.models.source import find_source, read_file_shapes
+from hftl.models.source import (
+    CONFIG_ERRORS,
+    LOADING_ERRORS,
+    TENSOR_FILE_ERRORS,
+    find_source,
+    read_file_shapes,
+)
 from hftl.publish import reload_check
 from hftl.publish.published_metadata import PublishedMetadata
 from hftl.publish.settings_files import ADAPTER_WEIGHTS, HEAD_WEIGHTS, MODEL_CONFIG, AdapterConfig
@@ -50,12 +56,16 @@ def read_model_config(folder: Path, base: Path | None) -> Any:
         RecipeError: if it is no adapter of a model with a trained head.
         RunFolderError: if its files do not load.
     """
+    if base is None or (folder / MODEL_CONFIG).exists():
+        return _load_config(folder)
+    return _infer_peft_config(folder, base)
+
+
+def _load_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
-    with wrap_loading_errors(folder):
-        if base is None or (folder / MODEL_CONFIG).exists():
-            return AutoConfig.from_pretrained(folder)
-        return _infer_peft_config(folder, base)
+    with wrap_loading_errors(folder, CONFIG_ERRORS):
+        return AutoConfig.from_pretrained(folder)
 
 
 def _infer_peft_config(folder: Path, base: Path) -> Any:
@@ -130,8 +140,9 @@ def load_incomplete_base(folder: Path, base: Path, config: Any = None) -> Incomp
         RunFolderError: if the file holds tensors that the model has no place for; and for a whole
             model if it lacks any.
     """
-    with wrap_loading_errors(base if base != folder else folder):
-        loaded = reload_check.load_base(folder, base, config, _read_quantization(folder))
+    quantization = _read_quantization(folder)
+    with wrap_loading_errors(base, LOADING_ERRORS):
+        loaded = reload_check.load_base(folder, base, config, quantization)
     is_whole_model = base == folder
     architecture = _get_architecture(loaded.model)
     has_own_head = (folder / HEAD_WEIGHTS).exists()
@@ -158,9 +169,7 @@ def _read_quantization(folder: Path) -> Any:
     if metadata.recipe.source.quantization is None:
         return None
     check_quantization()
-    from transformers import AutoConfig
-
-    spec = get_config_spec(AutoConfig.from_pretrained(folder))
+    spec = get_config_spec(_load_config(folder))
     if metadata.data is not None:
         spec = spec.for_task(metadata.data.task)
     return build_quantization_config(spec)
@@ -185,7 +194,7 @@ def add_adapter(base: IncompleteBase, model: Any, folder: Path, name: str) -> An
     saved = {key.removeprefix(PEFT_PREFIX) for key in shapes}
     missing = {key: what for key, what in base.missing.items() if key not in saved}
     _refuse_missing(base.folder, False, missing, name_of_folder)
-    with wrap_loading_errors(folder), warnings.catch_warnings():
+    with wrap_loading_errors(folder, LOADING_ERRORS), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft warns of what is refused below
         if isinstance(model, PeftModel):
             model.load_adapter(folder, name, ignore_mismatched_sizes=True)
@@ -194,7 +203,8 @@ def add_adapter(base: IncompleteBase, model: Any, folder: Path, name: str) -> An
                 model, folder, adapter_name=name, ignore_mismatched_sizes=True
             )
         model.set_adapter(name)
-        findings = compare_shapes(shapes, list_adapter_tensors(model, name))
+        expected = list_adapter_tensors(model, name)
+    findings = compare_shapes(shapes, expected)
     if findings:
         first = findings[0]
         raise RunFolderError(
@@ -218,7 +228,7 @@ def add_head(folder: Path, model: Any) -> reload_check.PublishedModel:
     Raises:
         RunFolderError: if the head is of another width than the model.
     """
-    with wrap_loading_errors(folder):
+    with wrap_loading_errors(folder, (*TENSOR_FILE_ERRORS, ValueError)):
         published = reload_check.attach_head(folder, model)
     if published.head is None:
         return published
@@ -313,5 +323,5 @@ def _read_adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
             + ("; adapter_model.bin is a pickle, which is not opened" if pickle else ""),
             f"Save the adapter as safetensors; or look closer: hftl doctor {name}",
         )
-    with wrap_loading_errors(folder):
+    with wrap_loading_errors(folder, TENSOR_FILE_ERRORS):
         return read_file_shapes(path)

@@ -14,6 +14,7 @@ from hftl.data.text_inputs import TextInputs, WordInputs
 from hftl.doctor.file_checks import NUMBERED_LABEL
 from hftl.errors import RecipeError, format_error_line
 from hftl.inference.find_model import (
+    build_loading_error,
     check_trained_head,
     find_adapter_base,
     find_published_folder,
@@ -31,7 +32,7 @@ from hftl.models.architectures import (
 from hftl.models.encoders import hide_padding
 from hftl.models.model_parts import unwrap_adapter
 from hftl.models.prompt_processor import load_prompt_processor
-from hftl.models.source import SourceModel, complete_padding
+from hftl.models.source import BUILD_ERRORS, CONFIG_ERRORS, SourceModel, complete_padding
 from hftl.models.timm_architecture import TIMM_WRAPPER
 from hftl.models.timm_processor import build_timm_processor
 from hftl.publish.published_metadata import PublishedInputs, PublishedMetadata
@@ -80,17 +81,15 @@ def build_predictor(
         RunFolderError: if what it says makes no sense.
     """
     metadata = PublishedMetadata.read(folder)
-    with wrap_loading_errors(folder):
-        task = _infer_task(metadata, config)
-        names = [] if task == "regression" else _read_class_names(metadata, config)
-        images = get_config_spec(config).modality == "image"
-        files = find_inputs_folder(folder, base, images)
-        if get_config_spec(config).reads_prompt:
-            inputs, columns = _build_prompted_inputs(files, config, metadata)
-        else:
-            inputs, columns = _build_inputs(files, config, task, metadata.recipe.data)
-        curves = read_label_curves(metadata, task, names)
-        thresholds = read_thresholds(config, task, names)
+    task = _infer_task(metadata, config)
+    names = [] if task == "regression" else _read_class_names(folder, metadata, config)
+    files = find_inputs_folder(folder, base, get_config_spec(config).modality == "image")
+    if get_config_spec(config).reads_prompt:
+        inputs, columns = _build_prompted_inputs(files, config, metadata)
+    else:
+        inputs, columns = _build_inputs(files, config, task, metadata.recipe.data)
+    curves = read_label_curves(folder, metadata, task, names)
+    thresholds = read_thresholds(folder, config, task, names)
     hide_padding(model)
     if isinstance(inputs, TextInputs) and get_config_spec(config).is_causal:
         # The class finds the last token by it, and an adapter's base may name another, or none.
@@ -139,11 +138,11 @@ def _infer_task(metadata: PublishedMetadata, config: Any) -> str:
     return tasks.get(str(config.problem_type), "classification")
 
 
-def _read_class_names(metadata: PublishedMetadata, config: Any) -> list[str]:
+def _read_class_names(folder: Path, metadata: PublishedMetadata, config: Any) -> list[str]:
     """Return the classes in the order of the outputs; hftl.json and config.json must agree.
 
     Raises:
-        ValueError: if they do not: nobody can tell which of them is right.
+        RunFolderError: if they do not: nobody can tell which of them is right.
     """
     shown = [str(config.id2label[number]) for number in sorted(config.id2label)]
     if metadata.data is None:
@@ -151,8 +150,10 @@ def _read_class_names(metadata: PublishedMetadata, config: Any) -> list[str]:
     names = metadata.data.labels or []
     unnamed = len(names) == len(shown) and all(map(NUMBERED_LABEL.fullmatch, shown))
     if names != shown and not unnamed:
-        raise ValueError(
-            f"the labels are {', '.join(shown)} in config.json, and {', '.join(names)} in hftl.json"
+        raise build_loading_error(
+            folder,
+            f"the labels are {', '.join(shown)} in config.json, and {', '.join(names)} in "
+            "hftl.json",
         )
     return names
 
@@ -164,11 +165,11 @@ def _build_inputs(
     from transformers import AutoImageProcessor, AutoTokenizer
 
     if get_config_spec(config).modality == "image":
-        processor: Any = (
-            build_timm_processor(config)
-            if config.model_type == TIMM_WRAPPER
-            else _load_processor(AutoImageProcessor, folder, backend="pil")
-        )
+        if config.model_type == TIMM_WRAPPER:
+            with wrap_loading_errors(folder, BUILD_ERRORS):
+                processor: Any = build_timm_processor(config)
+        else:
+            processor = _load_processor(AutoImageProcessor, folder, backend="pil")
         data = Data(train=Table(path="."), max_pixels=published.max_pixels)
         columns, patch = [published.train.image], get_patch_size(config)
         if get_config_spec(config).image_sizes == "patches":
@@ -218,8 +219,7 @@ def _load_processor(auto_class: Any, folder: Path, **options: Any) -> Any:
     """
     try:
         return auto_class.from_pretrained(folder, **options)
-    except (OSError, ValueError, ImportError) as error:
-        # OSError for a file that is missing or no JSON, ValueError for an unknown class,
+    except (ImportError, *CONFIG_ERRORS) as error:
         # ImportError for a class that needs a package which is not installed.
         raise RecipeError(
             f"{paths.get_display_name(folder)} has no usable "

@@ -5,11 +5,13 @@ see `measure.conformal`.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hftl.errors import RecipeError
+from hftl.inference.find_model import build_loading_error
 from hftl.measure.conformal import (
     TASKS,
     count_rows_needed,
@@ -24,40 +26,45 @@ from hftl.publish.settings_files import THRESHOLDS_KEY
 
 
 def read_label_curves(
-    metadata: PublishedMetadata, task: str, names: Sequence[str]
+    folder: Path, metadata: PublishedMetadata, task: str, names: Sequence[str]
 ) -> list[LabelCurve] | None:
     """Return the curve of each label's probability; None where the sigmoid is that.
 
     Raises:
-        ValueError: if they are those of other labels.
+        RunFolderError: if they are those of other labels.
     """
     calibration = metadata.calibration
     if task != "multi-label" or calibration is None or calibration.labels is None:
         return None
     if set(calibration.labels) != set(names):
-        raise ValueError(
+        raise build_loading_error(
+            folder,
             f"hftl.json calibrates {', '.join(calibration.labels)}, and the labels are "
-            f"{', '.join(names)}"
+            f"{', '.join(names)}",
         )
     return [calibration.labels[name] for name in names]
 
 
-def read_thresholds(config: Any, task: str, names: Sequence[str]) -> np.ndarray | None:
+def read_thresholds(
+    folder: Path, config: Any, task: str, names: Sequence[str]
+) -> np.ndarray | None:
     """Return the threshold of each label's probability; None where it is .5.
 
     Raises:
-        ValueError: if config.json holds anything but one between 0 and 1 for each label.
+        RunFolderError: if config.json holds anything but one between 0 and 1 for each label.
     """
     given = getattr(config, THRESHOLDS_KEY, None)
     if task != "multi-label" or given is None:
         return None
     if not isinstance(given, Mapping) or set(given) != set(names):
-        raise ValueError(f"{THRESHOLDS_KEY} in config.json gives no threshold for each label")
+        why = f"{THRESHOLDS_KEY} in config.json gives no threshold for each label"
+        raise build_loading_error(folder, why)
     for name, threshold in given.items():
         if not isinstance(threshold, (int, float)) or not 0 < threshold < 1:
-            raise ValueError(
+            raise build_loading_error(
+                folder,
                 f"{THRESHOLDS_KEY} in config.json is {threshold!r} for {name!r}, expected a number "
-                "between 0 and 1"
+                "between 0 and 1",
             )
     return np.array([given[name] for name in names], dtype=np.float64)
 

@@ -178,11 +178,15 @@ AttributeError where its JSON is no mapping, RecursionError where it is nested t
 ValueError for targets that match nothing, KeyError for an unknown peft_type, IndexError for layers
 that the model lacks, re.error for a pattern.
 """
-LOADING_ERRORS = (*BUILD_ERRORS, SafetensorError, OSError, EOFError, UnpicklingError)
-"""The same, and what reading the weights raises.
+TENSOR_FILE_ERRORS = (SafetensorError, OSError)
+"""What `safe_open` raises on a file that is cut short, or cannot be read."""
+CONFIG_ERRORS = (OSError, *BUILD_ERRORS)
+"""What `from_pretrained` of a config, tokenizer or processor raises; OSError for a file that is
+missing or no JSON."""
+LOADING_ERRORS = (*CONFIG_ERRORS, SafetensorError, EOFError, UnpicklingError)
+"""What `from_pretrained` of a model raises: the same, and what reading the weights does.
 
-`safe_open`: SafetensorError for a file that is cut short. `from_pretrained`: OSError for one that
-is missing or no JSON. `torch.load`: EOFError, UnpicklingError and RuntimeError for a pickle.
+`torch.load`: EOFError, UnpicklingError and RuntimeError for a pickle.
 """
 
 

@@ -307,7 +307,7 @@ def _send_commit(target: PushTarget, message: str, head: str, operations: list[A
             parent_commit=head,
             create_pr=target.pull_request,
         )
-        return PushResult(commit.oid, True, commit.pr_url or commit.commit_url)
+    return PushResult(commit.oid, True, commit.pr_url or commit.commit_url)
 
 
 def _find_open_request(target: PushTarget, digests: FileDigests) -> str | None:
@@ -316,7 +316,7 @@ def _find_open_request(target: PushTarget, digests: FileDigests) -> str | None:
         return None
     with wrap_hub_errors(f"reading the pull requests of {target.repo_id}"):
         refs = _create_api().list_repo_refs(target.repo_id, include_pull_requests=True)
-        heads = [ref.target_commit for ref in refs.pull_requests or []]
+    heads = [ref.target_commit for ref in refs.pull_requests or []]
     return next((h for h in heads if holds_files(_list_hashes(target.repo_id, h), digests)), None)
 
 
@@ -328,12 +328,12 @@ def _read_repo(repo_id: str) -> "ModelInfo":
 def _list_hashes(repo_id: str, commit: str) -> dict[str, str]:
     """Return the sha256 of every file of a commit in LFS, and the git hash of every other."""
     with wrap_hub_errors(f"reading {repo_id} at {commit[:8]}"):
-        tree = _create_api().list_repo_tree(repo_id, recursive=True, revision=commit)
-        return {
-            item.path: item.lfs.sha256 if item.lfs else item.blob_id
-            for item in tree
-            if hasattr(item, "blob_id")
-        }
+        items = list(_create_api().list_repo_tree(repo_id, recursive=True, revision=commit))
+    return {
+        item.path: item.lfs.sha256 if item.lfs else item.blob_id
+        for item in items
+        if hasattr(item, "blob_id")
+    }
 
 
 def _verify_commit(repo_id: str, commit: str, digests: FileDigests) -> None:

@@ -44,6 +44,10 @@ AUTO_CLASSES = {
 """By the end of the stock class's name, which the published config tells."""
 
 
+POOLINGS = ("cls", "mean", "last", "embedding", "cls+mean")
+"""Ways from the encoder's outputs to those of a head of hftl's."""
+
+
 class PublishedModel(nn.Module):
     """Hold a model whose forward gives logits; `head` is set where pooling is not native.
 
@@ -191,10 +195,19 @@ def _find_auto_class(config: Any) -> Any:
 
 
 def _load_head(path: Path) -> tuple[nn.Linear | None, str, Tensor | None, int]:
+    """Read head.safetensors.
+
+    Raises:
+        SafetensorError, OSError: if it does not open.
+        ValueError: if it holds no head.
+    """
     if not path.exists():
         return None, "native", None, 0
     with safe_open(path, "pt") as file:
-        described = file.metadata()
+        described = file.metadata() or {}
+    pooling, prefix = described.get("pooling"), described.get("prefix_tokens", "0")
+    if pooling not in POOLINGS or not prefix.isdecimal():
+        raise ValueError(f"{path.name} says pooling {pooling!r} after {prefix!r} tokens")
     tensors = load_file(path)
     projection = tensors.pop("projection", None)
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
@@ -202,9 +215,11 @@ def _load_head(path: Path) -> tuple[nn.Linear | None, str, Tensor | None, int]:
     if not outputs * width or shapes != {"weight": (outputs, width), "bias": (outputs,)}:
         held = ", ".join(f"{key} {shape}" for key, shape in sorted(shapes.items()))
         raise ValueError(f"{path.name} holds {held or 'nothing'}, expected a weight and its bias")
+    if projection is not None and (projection.ndim != 2 or len(projection) != width):
+        raise ValueError(f"{path.name} holds a projection {tuple(projection.shape)} for {width}")
     head = nn.Linear(width, outputs)
     head.load_state_dict(tensors)
-    return head, described["pooling"], projection, int(described.get("prefix_tokens", 0))
+    return head, pooling, projection, int(prefix)
 
 
 Batch = tuple[dict[str, Tensor | bool], Tensor | None]
