@@ -17,6 +17,7 @@ from transformers.utils.import_utils import is_torchvision_available
 
 from hftl.config.data import TEXT_PLACE
 from hftl.data.image_inputs import ImageInputs
+from hftl.data.image_processing import wrap_processor_errors
 from hftl.data.rows import Row
 from hftl.data.text_inputs import EncodedRow, add_labels
 from hftl.errors import RecipeError
@@ -52,13 +53,17 @@ class PromptedInputs(ImageInputs):
     _scale: tuple[Tensor, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
-        part = self.processor.image_processor
+        draw = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+        image, part = Image.fromarray(draw), self.processor.image_processor
+        words = [self.write_prompt()]
+        with wrap_processor_errors(part):
+            expected = self.processor(text=words, images=[image], return_tensors="np")
         factor = part.rescale_factor if part.do_rescale else 1.0
         mean = np.array(part.image_mean if part.do_normalize else [0.0] * 3)
         sd = np.array(part.image_std if part.do_normalize else [1.0] * 3)
         scale = (torch.tensor(factor / sd).float(), torch.tensor(-mean / sd).float())
         object.__setattr__(self, "_scale", scale)
-        self._check_scale()
+        self._check_scale(image, expected["pixel_values"])
 
     @property
     def forward_facts(self) -> dict[str, bool | str] | None:
@@ -103,9 +108,9 @@ class PromptedInputs(ImageInputs):
             image: in RGB.
             text: what stands at `{}` in the prompt.
         """
-        outputs = self.processor(
-            text=[self.write_prompt(text)], images=[image], return_tensors="np", **RAW
-        )
+        words = [self.write_prompt(text)]
+        with wrap_processor_errors(self.processor.image_processor):
+            outputs = self.processor(text=words, images=[image], return_tensors="np", **RAW)
         encoded: EncodedRow = {}
         for name, value in outputs.items():
             if name in TOKEN_NAMES:
@@ -170,17 +175,18 @@ class PromptedInputs(ImageInputs):
         mask = batch.get("pixel_attention_mask")
         return normalized if mask is None else normalized * mask.unsqueeze(-3)
 
-    def _check_scale(self) -> None:
-        """Compare the arithmetic with the processor's own, on a picture of two sizes of detail.
+    def _check_scale(self, image: Image.Image, expected: np.ndarray) -> None:
+        """Compare the arithmetic with the processor's own.
+
+        Args:
+            image: of random pixels.
+            expected: what the processor makes of it.
 
         Raises:
             RecipeError: if the processor does more to pixels than scale and shift each channel.
         """
-        draw = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
-        image, text = Image.fromarray(draw), self.write_prompt("")
-        expected = self.processor(text=[text], images=[image], return_tensors="np")["pixel_values"]
         actual = self.collate([self.encode_picture(image, "")])["pixel_values"].numpy()
-        if actual.shape != expected.shape or np.abs(actual - expected).max() > 1e-5:
+        if actual.shape != expected.shape or not np.abs(actual - expected).max() <= 1e-5:
             raise RecipeError(
                 f"the source's {type(self.processor.image_processor).__name__} does more to pixels "
                 "than scale and shift each channel",
