@@ -183,10 +183,11 @@ TENSOR_FILE_ERRORS = (SafetensorError, OSError)
 CONFIG_ERRORS = (OSError, *BUILD_ERRORS)
 """What `from_pretrained` of a config, tokenizer or processor raises; OSError for a file that is
 missing or no JSON."""
-LOADING_ERRORS = (*CONFIG_ERRORS, SafetensorError, EOFError, UnpicklingError)
+LOADING_ERRORS = (*CONFIG_ERRORS, ImportError, SafetensorError, EOFError, UnpicklingError)
 """What `from_pretrained` of a model raises: the same, and what reading the weights does.
 
-`torch.load`: EOFError, UnpicklingError and RuntimeError for a pickle.
+`torch.load`: EOFError, UnpicklingError and RuntimeError for a pickle. peft: ImportError for
+settings of a package that is not installed (megatron_config).
 """
 
 
