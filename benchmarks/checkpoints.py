@@ -167,11 +167,11 @@ def measure_strategy(strategy: str, count: int) -> tuple[list[Pair], int]:
     return pairs, measure_stock_bytes(recipe, bench, strategy)
 
 
-def format_strategies(found: dict[str, tuple[list[Pair], int]]) -> list[str]:
+def format_strategies(measured: dict[str, tuple[list[Pair], int]]) -> list[str]:
     """Return a line for each strategy: medians of the pairs, least and most of the clock's."""
     rows = [["trained", "processor", "clock", "writing", "checkpoints", "MiB each", "stock MiB",
              "bytes"]]  # fmt: skip
-    for strategy, (pairs, stock) in found.items():
+    for strategy, (pairs, stock) in measured.items():
         ours = [pair.with_checkpoints for pair in pairs]
         clock = [pair.with_checkpoints.clock / pair.without.clock for pair in pairs]
         processor = [pair.with_checkpoints.processor / pair.without.processor for pair in pairs]
@@ -201,12 +201,12 @@ def main() -> None:
         tree["strategies"][strategy] = {
             "pairs": [pair.model_dump() for pair in pairs], "stock_bytes": stock,
         }  # fmt: skip
-    found = {
+    measured = {
         name: ([Pair.model_validate(pair) for pair in tree["strategies"][name]["pairs"]],
                tree["strategies"][name]["stock_bytes"])
         for name in STRATEGIES if name in tree["strategies"]
     }  # fmt: skip
-    tree["table"] = format_strategies(found)
+    tree["table"] = format_strategies(measured)
     print("\n".join(tree["table"]))
     RESULT.write_text(json.dumps(tree, indent=1) + "\n", "utf-8")
 

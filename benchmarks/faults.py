@@ -123,11 +123,11 @@ def search_control(name: str, rows: str, assets: Path, models: Path) -> dict[str
     source is a kind of its own.
     """
     kind = next(kind for kind in list_kinds(name) if CONTROLS[kind] == rows)
-    found = search(name, kind, assets, models, is_control=True)
-    findings: list[Finding] = found["findings"]
+    outcome = search(name, kind, assets, models, is_control=True)
+    findings: list[Finding] = outcome["findings"]
     return {
         "set": name, "rows": rows, "counts": count_findings(findings),
-        "sentences": [f.sentence for f in findings], "seconds": found["seconds"],
+        "sentences": [f.sentence for f in findings], "seconds": outcome["seconds"],
     }  # fmt: skip
 
 

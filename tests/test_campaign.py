@@ -20,9 +20,9 @@ def test_trials_of_the_same_code_add_up_and_are_passed_over(
     log.add("kills", trials[0])
     log.add("races", trials[0])
     assert [log.has("kills", make_trial(number).key) for number in range(3)] == [True, True, False]
-    kept = read_campaign(path)
-    assert list(kept.kinds) == ["kills", "races"] and kept.kinds["kills"].trials == trials
-    assert "1 of 2" in kept.table[2] and kept.table[-1] == "  kills text 1, 1.00 s: exit 1"
+    stored = read_campaign(path)
+    assert list(stored.kinds) == ["kills", "races"] and stored.kinds["kills"].trials == trials
+    assert "1 of 2" in stored.table[2] and stored.table[-1] == "  kills text 1, 1.00 s: exit 1"
     monkeypatch.setattr(campaign_results, "hash_code", lambda: "another")
     log = Log(path)
     assert not log.has("kills", trials[0].key)

@@ -69,10 +69,10 @@ def test_old_names_are_renamed_and_the_weights_stay(
     assert sorted(targets[0]) == sorted(targets[1])
 
 
-@pytest.mark.parametrize("kept", [4, *(pytest.param(n, marks=pytest.mark.slow)
+@pytest.mark.parametrize("renames", [4, *(pytest.param(n, marks=pytest.mark.slow)
                                        for n in (0, 1, 2, 3, 5))])  # fmt: skip
 def test_fix_that_was_killed_is_finished_by_the_next(
-    kept: int, adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    renames: int, adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Let the power fail at each rename: copies of config, weights and record, and they."""
     folder = copied(adapters, "vit", tmp_path)
@@ -82,7 +82,7 @@ def test_fix_that_was_killed_is_finished_by_the_next(
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
 
     def fail(file: Path, target: Path) -> Path:
-        if len(done) == kept:
+        if len(done) == renames:
             raise KeyboardInterrupt
         done.append(target)
         return rename(file, target)

@@ -308,7 +308,7 @@ def test_hashes_of_near_images_are_those_of_imagehash() -> None:
     corpus += [canvas(seed) for seed in range(1000, 1040)]
     old, new = ([phash(convert(pixels)) for pixels in side] for side in (measured, corpus))
     ours = [
-        [found[0] for pixels in side if (found := compute_perceptual_hash(convert(pixels)))]
+        [picture[0] for pixels in side if (picture := compute_perceptual_hash(convert(pixels)))]
         for side in (measured, corpus)
     ]
     assert [[(a ^ b).bit_count() for a in ours[0]] for b in ours[1]] == [

@@ -309,10 +309,10 @@ def test_wrong_labels_are_not_said_of_words_that_mean_nothing(
     facts = CheckFacts(warnings=[])
     if declared is not None:
         facts.findings.append(Finding(kind=declared, what="it", confidence="likely", fix="mend it"))
-    found = add_source_faults(recipe, open_recipe(recipe), facts)
+    examined = add_source_faults(recipe, open_recipe(recipe), facts)
     is_misled = declared == "tokenizer"
-    assert ("label errors" not in [one.kind for one in found.findings]) == is_misled
-    assert (found.examined or "").endswith("are mended") == is_misled
+    assert ("label errors" not in [one.kind for one in examined.findings]) == is_misled
+    assert (examined.examined or "").endswith("are mended") == is_misled
 
 
 def test_permuted_labels_of_a_table_are_found(clean: Any, tmp_path: Path) -> None:

@@ -126,11 +126,11 @@ def test_rlls_is_the_constrained_optimum_of_its_paper(
 
         starts = [np.full(classes, 0.1), np.linalg.lstsq(joint, gap, rcond=None)[0].clip(-1)]
         bounds = [(-1, None)] * classes
-        found = [
+        optima = [
             minimize(loss, start, method="SLSQP", bounds=bounds, options={"ftol": 1e-14})
             for start in starts
         ]
-        best = min(float(one.fun) for one in found)
+        best = min(float(one.fun) for one in optima)
         shares = estimate_rlls(confusion, predicted, strength)
         # Shares are weights up to a factor: that of the least loss.
         own = shares / (confusion.sum(1) / confusion.sum())

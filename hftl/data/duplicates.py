@@ -266,18 +266,18 @@ class NearImageIndex:
         self._flat: set[tuple[tuple[int, ...], bytes]] = set()
         pictures = []
         for canvas in canvases:
-            found = compute_perceptual_hash(_convert_to_image(canvas))
-            if found is None:
+            picture = compute_perceptual_hash(_convert_to_image(canvas))
+            if picture is None:
                 self._flat.add(_build_exact_key(canvas))
             else:
-                pictures.append(found)
+                pictures.append(picture)
         self._pictures = PictureHashes.build(pictures)
 
     def __contains__(self, canvas: np.ndarray) -> bool:
-        found = compute_perceptual_hash(_convert_to_image(canvas))
-        if found is None:
+        picture = compute_perceptual_hash(_convert_to_image(canvas))
+        if picture is None:
             return _build_exact_key(canvas) in self._flat
-        parts = PictureHashes.build([found]).find_near(self._pictures)
+        parts = PictureHashes.build([picture]).find_near(self._pictures)
         return any(len(left) > 0 for left, _ in parts)
 
 

@@ -91,8 +91,8 @@ class Log:
             write_text(self.path, results.model_dump_json(indent=1) + "\n")
 
     def _list_trials(self, kind: str) -> list[Trial]:
-        found = self.kinds.get(kind)
-        return found.trials if found is not None and found.code == self.code else []
+        stored = self.kinds.get(kind)
+        return stored.trials if stored is not None and stored.code == self.code else []
 
 
 def read_campaign(path: Path = RESULT) -> CampaignResults:
@@ -109,15 +109,16 @@ def build_table(kinds: dict[str, Findings]) -> list[str]:
     """Return a line for each kind, and one for each trial that ended otherwise."""
     rows = [["kind", "what happens", "identical", "text", "pictures", "seeds", "code", "date"]]
     wrong = []
-    for kind, found in kinds.items():
-        recipes = [trial.recipe for trial in found.trials]
-        seeds = ", ".join(map(str, sorted({trial.seed for trial in found.trials})))
+    for kind, findings in kinds.items():
+        recipes = [trial.recipe for trial in findings.trials]
+        seeds = ", ".join(map(str, sorted({trial.seed for trial in findings.trials})))
         counts = [str(recipes.count(name)) for name in ("text", "image")]
-        identical = count_identical(found.trials)
-        rows.append([kind, KINDS[kind], identical, *counts, seeds, found.code[:8], found.date])
+        identical = count_identical(findings.trials)
+        code = findings.code[:8]
+        rows.append([kind, KINDS[kind], identical, *counts, seeds, code, findings.date])
         wrong += [
             f"  {kind} {trial.recipe} {trial.number}, {trial.what}: {trial.problem}"
-            for trial in found.trials if trial.problem
+            for trial in findings.trials if trial.problem
         ]  # fmt: skip
     return [line.removeprefix("  ") for line in format_table(rows).splitlines()] + wrong
 
