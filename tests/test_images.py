@@ -213,6 +213,17 @@ def test_predictions_of_images_name_their_files(
     (texts / "a" / "1.txt").write_text("no picture")
     with pytest.raises(DataError, match=r"a/1\.txt.*not an image"):
         predict_table(str(run), texts, None)
+    shutil.copy(folder / "dark" / "0.png", texts / "b.png")
+    said: list[str] = []
+    text = predict_table(str(run), texts, None, say=said.append, bad_rows="skip")
+    assert text is not None and said[0].startswith("bad rows: 1 of 2 without a label")
+    assert text.splitlines()[1:] == [
+        'a/1.txt,,,,,"a/1.txt: not an image, or of a format that is not read"',
+        text.splitlines()[2],
+    ]
+    assert text.splitlines()[2].startswith("b.png,dark,") and text.splitlines()[2].endswith(",")
+    one = predict_table(str(run), texts / "b.png", None)
+    assert one is not None and one.splitlines()[1] == text.splitlines()[2].removesuffix(",")
     model = hftl.load(run)
     assert model.predict([Image.open(folder / "dark" / "2.png")])[0]["label"] == "dark"
     with pytest.raises(DataError, match="input 1 .*missing"):

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from torch import nn
 
+from hftl.data.encodings import BAD_BYTE
 from hftl.data.rows import Row
 from hftl.data.tables import READERS, guess_format
 from hftl.errors import DataError, RecipeError
@@ -29,13 +30,16 @@ class Fake:
 
     modality = "text"
     task = "classification"
+    bad_rows = "refuse"
 
     def __init__(self, *columns: str, names: tuple[str, ...] = ("bad", "good")) -> None:
         self.columns = list(columns)
         self.names = names
         self.texts: list[str] = []
 
-    def encode(self, inputs: Iterable[Any], places: list[str], folder: Path) -> list[str]:
+    def encode(
+        self, inputs: Iterable[Any], places: list[str], folder: Path, reject: Any
+    ) -> list[str]:
         self.texts = [row if isinstance(row, str) else " ".join(row) for row in inputs]
         return self.texts
 
@@ -226,7 +230,6 @@ def test_only_what_can_be_no_file_is_a_text(
     [
         ("classification", "text", ["a", "b"], "a and b"),
         ("classification", "image", ["image"], "pictures"),
-        ("token-classification", "text", ["words"], "lists of words"),
     ],
 )
 def test_a_text_for_a_model_that_reads_something_else_is_refused(
@@ -236,6 +239,61 @@ def test_a_text_for_a_model_that_reads_something_else_is_refused(
     other.task, other.modality = task, modality
     with pytest.raises(DataError, match=f"no file or folder 'a film', .* {reads}. Give a table"):
         predict_table.predict_table("run", "a film", None)
+
+
+def test_a_text_that_is_tagged_comes_back_a_word_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    tagger = use(monkeypatch, Fake("tokens"))
+    tagger.task = "token-classification"
+    tags = {"label": ["B-PER", "O", "B-LOC"], "score": [0.987654321, None, 0.5]}
+    monkeypatch.setattr(tagger, "predict_encoded", lambda *_: [tags])
+    text = predict_table.predict_table("run", "Anna in\tBerlin", None)
+    assert tagger.texts == ["Anna in Berlin"] and text is not None
+    assert text.splitlines() == ["word,label,score", "Anna,B-PER,0.987654", "in,O,",
+                                 "Berlin,B-LOC,0.5"]  # fmt: skip
+
+
+MIXED = b"text,id\na good film,1\n ,2\nx\nJos\xe9,4\ndull,5\n"
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_bad_rows_stay_without_a_label_where_they_are_skipped(
+    suffix: str, fake: Fake, tmp_path: Path
+) -> None:
+    data, output, said = put(tmp_path / "in.csv", MIXED), tmp_path / f"out{suffix}", []
+    for given, trained in (("skip", "refuse"), (None, "skip")):
+        fake.bad_rows = trained
+        predict_table.predict_table("run", data, output, say=said.append, bad_rows=given)
+        rows = read_back(output)
+        assert [row["label"] or None for row in rows] == ["good", None, None, None, "bad"]
+        assert [row["good"] in (None, "") for row in rows] == [False, True, True, True, False]
+        assert [row["text"] for row in rows][3:] == ["Jos\N{REPLACEMENT CHARACTER}", "dull"]
+        faults = [row["fault"] or "" for row in rows]
+        assert faults[:3] == [
+            "", "in.csv line 3: text is empty", "in.csv line 4: 1 fields where the header has 2"
+        ]  # fmt: skip
+        assert faults[3].startswith("in.csv line 5: ") and BAD_BYTE in faults[3] and not faults[4]
+    assert said[0].startswith("bad rows: 3 of 5 without a label, see the column fault; the first")
+    fake.bad_rows = "skip"
+    with pytest.raises(DataError, match=r"line 3: text is empty\. .* --bad-rows skip"):
+        predict_table.predict_table("run", data, output, bad_rows="refuse")
+    with pytest.raises(DataError, match="no row can be read; of the first: in.csv line 2: text"):
+        predict_table.predict_table("run", put(tmp_path / "in.csv", "text,id\n ,1\n"), None)
+
+
+def test_csv_has_the_digits_that_a_score_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = put(tmp_path / "in.csv", "text,id\ngood,0.12345678901\n")
+    third = {"label": "a", "score": 1 / 3, "set": ["a"], "scores": {"a": 1 / 3, "b": 2 / 3}}
+    fake = use(monkeypatch, Fake("text"))
+    monkeypatch.setattr(fake, "predict_encoded", lambda *_: [third])
+    (row,) = predict_rows(data)
+    assert (row["id"], row["score"], row["b"]) == ("0.12345678901", "0.333333", "0.666667")
+    (row,) = predict_rows(data, tmp_path / "out.jsonl")
+    assert row["score"] == 1 / 3, "a file of numbers holds them as they are"
+    fake.task = "regression"
+    monkeypatch.setattr(fake, "predict_encoded", lambda *_: [{"label": 1234567.25}])
+    assert predict_rows(data)[0]["label"] == "1234567.0"
 
 
 @pytest.mark.parametrize(

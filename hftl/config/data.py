@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from hftl.config.section import MAX_SEED, Section, name_by_label
 
 Task = Literal["classification", "multi-label", "regression", "token-classification"]
+BadRowsRule = Literal["refuse", "skip"]
 
 
 class Table(Section):
@@ -108,7 +109,7 @@ class Data(Section):
     group: str | None = None
     shots: int | None = Field(default=None, ge=1)
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
-    bad_rows: Literal["refuse", "skip"] = "refuse"
+    bad_rows: BadRowsRule = "refuse"
     max_length: int = Field(default=128, ge=2)
     image_size: int | None = Field(default=None, ge=1, le=4096)
     augment: Literal["none", "light"] = "none"

@@ -101,7 +101,7 @@ def build_predictor(
     confusion = _read_confusion(metadata, names)
     return Predictor(
         model.to(device), inputs, task, names, columns, device, label_type, temperature, confusion,
-        curves, thresholds, metadata.conformal,
+        curves, thresholds, metadata.conformal, metadata.recipe.data.bad_rows,
     )  # fmt: skip
 
 

@@ -130,6 +130,13 @@ def format_text(value: object) -> str | None:
     return str(value)
 
 
+def round_numbers(value: Any, digits: int) -> Any:
+    """Return a float, or those in lists, with so many significant digits; all else unchanged."""
+    if isinstance(value, float):
+        return float(f"{value:.{digits}g}")
+    return [round_numbers(item, digits) for item in value] if isinstance(value, list) else value
+
+
 def _format_json_line(row: dict[str, object]) -> str:
     """Return a row as one line, also for readers that end a line at U+2028."""
     line = json.dumps(row, ensure_ascii=False, allow_nan=False)

@@ -1,6 +1,6 @@
 """Predict labels, scores and sets of single inputs with a loaded model."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -9,6 +9,7 @@ import numpy as np
 from PIL.Image import Image
 from torch import nn
 
+from hftl.config.data import BadRowsRule
 from hftl.data.facts import Modality
 from hftl.data.image_inputs import ImageInputs
 from hftl.data.images import (
@@ -33,6 +34,9 @@ from hftl.publish.published_metadata import PublishedConformal
 Input = str | Sequence[str] | Path | bytes | Image
 """A text, a pair of texts, the words of one, or an image: a path, its bytes, or itself."""
 
+
+Encoded = tuple[EncodedRow, int]
+"""What the encoder takes of an input, and how many predictions it gets."""
 
 ClassName = str | int | bool
 """A class in the type that it had in the training table."""
@@ -80,6 +84,8 @@ class Predictor:
     """(classes,) of the sigmoid, above which a multi-label class is predicted; None for .5."""
     conformal: PublishedConformal | None = None
     """Makes prediction sets; None where the model does not say."""
+    bad_rows: BadRowsRule = "refuse"
+    """What its training did with rows that could not be read."""
 
     @property
     def modality(self) -> Modality:
@@ -103,21 +109,24 @@ class Predictor:
         return self.predict_encoded(self.encode(inputs), coverage)
 
     def encode(
-        self, inputs: Iterable[Input], places: Sequence[str] = (), folder: Path | None = None
-    ) -> list[tuple[EncodedRow, int]]:
+        self, inputs: Iterable[Input], places: Sequence[str] = (), folder: Path | None = None,
+        reject: Callable[[int, str], None] | None = None,
+    ) -> list[Encoded]:  # fmt: skip
         """Return what the encoder takes of each input, and how many predictions it gets.
 
         Args:
             inputs: as in `predict`.
             places: what to call each in a message; by default its number.
             folder: what the paths of images are relative to; None: the current directory.
+            reject: receives the number of each image that cannot be read, and what the error would
+                say; it is then left out. None: it raises.
 
         Raises:
             DataError: see `predict`.
         """
         named = ((places[n] if places else f"input {n + 1}", one) for n, one in enumerate(inputs))
         if isinstance(self.inputs, ImageInputs):
-            pairs = [encode_image(self.inputs, *pair, folder or Path.cwd()) for pair in named]
+            pairs = list(_encode_images(self.inputs, named, folder or Path.cwd(), reject))
             warn_of_narrow_images((levels for _, levels in pairs), "the input")
             return [(encoded, 1) for encoded, _ in pairs]
         rows = [self._build_row(place, value) for place, value in named]
@@ -126,7 +135,7 @@ class Predictor:
         return list(zip(self.inputs.encode(rows), words, strict=True))
 
     def predict_encoded(
-        self, encoded: list[tuple[EncodedRow, int]], coverage: float | None = None
+        self, encoded: list[Encoded], coverage: float | None = None
     ) -> list[Prediction]:
         """Predict what `encode` returned; arguments and predictions are as `predict` says."""
         quantile = None
@@ -199,6 +208,20 @@ class Predictor:
         if self.label_type == "integer":
             return int(name)
         return name == "True" if self.label_type == "boolean" else name
+
+
+def _encode_images(
+    inputs: ImageInputs, named: Iterable[tuple[str, Any]], folder: Path,
+    reject: Callable[[int, str], None] | None,
+) -> Iterator[tuple[EncodedRow, Levels]]:  # fmt: skip
+    """Yield what `encode_image` returns of each image, or give what it says of one to `reject`."""
+    for number, (place, value) in enumerate(named):
+        try:
+            yield encode_image(inputs, place, value, folder)
+        except DataError as error:
+            if reject is None:
+                raise
+            reject(number, error.what)
 
 
 def encode_image(

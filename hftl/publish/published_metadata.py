@@ -9,7 +9,7 @@ from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
-from hftl.config.data import Data, Task
+from hftl.config.data import BadRowsRule, Data, Task
 from hftl.data.facts import LabelType, TagScheme
 from hftl.errors import RunFolderError
 from hftl.measure.facts import LabelCurve
@@ -43,6 +43,7 @@ class PublishedInputs(PublishedPart):
     train: PublishedColumns = PublishedColumns()
     max_length: int = Field(default=Data.model_fields["max_length"].default, ge=2)
     max_pixels: int = Field(default=Data.model_fields["max_pixels"].default, ge=1)
+    bad_rows: BadRowsRule = "refuse"
 
 
 class PublishedFinetune(PublishedPart):
