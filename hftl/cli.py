@@ -19,7 +19,7 @@ from hftl import __version__, cli_analyses, cli_errors
 from hftl.cli_options import Output, Overrides, RecipePath, Restart, RunFolder
 from hftl.cli_output import is_interactive, run_quietly, say, show_warning
 from hftl.config.recipe import Recipe
-from hftl.errors import HftlError
+from hftl.errors import HftlError, RecipeError
 from hftl.inference.arguments import (
     COMPARISON_SUFFIXES,
     PLOT_SUFFIXES,
@@ -59,6 +59,13 @@ class SourceModality(StrEnum):
     TEXT = "text"
     IMAGE = "image"
     MULTIMODAL = "multimodal"
+
+
+class BadRowsChoice(StrEnum):
+    """Name what is done about rows that cannot be read."""
+
+    REFUSE = "refuse"
+    SKIP = "skip"
 
 
 class SchemaKind(StrEnum):
@@ -134,7 +141,7 @@ def check(
         bool, typer.Option("--baseline", help="score what trains no encoder, on validation")
     ] = False,
 ) -> None:
-    """Look at recipe, data and source model, and find faults; trains nothing."""
+    """Find faults in recipe, data and source model. Trains nothing."""
     loaded = Recipe.load(recipe, overrides)
     from hftl import console
     from hftl.pipeline.pipeline import check_recipe
@@ -147,10 +154,17 @@ def check(
 @app.command()
 def init(
     data: Annotated[Path, typer.Argument(metavar="TABLE_OR_FOLDER", help="your labelled data")],
-    source: Annotated[str, typer.Option(help="hub id, folder or package: of the source model")],
+    source: Annotated[
+        str | None, typer.Option(help="required: hub id, folder or package: of the source model")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="the recipe to write")] = None,
 ) -> None:
     """Look at your data and write a commented recipe."""
+    if source is None:
+        raise RecipeError(
+            "--source is missing: the pretrained model to start from",
+            "Give a hub id (hftl sources lists some), a folder, or package:NAME/FOLDER",
+        )
     from hftl.init import write_recipe
 
     path, guessed = write_recipe(data, source, output)
@@ -163,7 +177,7 @@ def init(
 def predict(
     model: Annotated[str, typer.Argument(metavar="RUN_OR_ADAPTER")],
     data: Annotated[
-        str, typer.Argument(metavar="INPUT", help="csv, jsonl, parquet, txt or a text")
+        str, typer.Argument(metavar="INPUT", help="a table, folder or picture, or a text itself")
     ],
     output: Annotated[Path | None, typer.Option(help="a file; default: CSV on the screen")] = None,
     base: Annotated[str | None, typer.Option(help="the adapter's base, if elsewhere")] = None,
@@ -175,15 +189,20 @@ def predict(
         float | None,
         typer.Option(metavar="SHARE", help=".9: also sets that hold the label for 90 % of inputs"),
     ] = None,
+    bad_rows: Annotated[
+        BadRowsChoice | None,
+        typer.Option(help="skip: keep rows that cannot be read, unlabelled; default: as trained"),
+    ] = None,
 ) -> None:
-    """Predict a table's rows, or one text: label, score, a column a class."""
+    """Predict label and scores of a table's rows, or of one text."""
     check_predict_arguments(data, output, prior, coverage)
     from hftl.inference.predict_table import predict_table
 
     with run_quietly():
         text = predict_table(
-            model, data, output, base, prior, lambda line: typer.echo(line, err=True), coverage
-        )
+            model, data, output, base, prior, lambda line: typer.echo(line, err=True), coverage,
+            bad_rows,
+        )  # fmt: skip
     if text is not None:
         # Bytes, so that a redirected table is UTF-8, as tables are read, wherever it is written.
         typer.echo(text.encode("utf-8"), nl=False)
@@ -193,7 +212,7 @@ def predict(
 
 @app.command()
 def verdict(run: RunFolder) -> None:
-    """Judge a run again from its record alone; exits 0 to publish and 9 to hold."""
+    """Judge a run again from its record alone. Exits 0 to publish and 9 to hold."""
     from hftl.measure.record import Record
     from hftl.measure.verdict import judge_record
 
@@ -256,7 +275,7 @@ def doctor(
 
 @app.command()
 def compare(
-    models: Annotated[list[str], typer.Argument(metavar="RUN_OR_ADAPTER ...")],
+    models: Annotated[list[str], typer.Argument(metavar="RUN_OR_ADAPTER")],
     data: Annotated[Path | None, typer.Option(help="labelled; default: the runs' test")] = None,
     output: Annotated[Path | None, typer.Option(help=".csv, its plot beside it; or .png")] = None,
     base: Annotated[str | None, typer.Option(help="the adapters' base, if elsewhere")] = None,

@@ -41,7 +41,7 @@ def open_analysis(
 def probe(
     recipe: RecipePath, overrides: Overrides = None, output: Output = None, rows: MostRows = 2000
 ) -> None:
-    """Probe every layer and pooling of the source, linearly and by neighbours."""
+    """Probe every layer and pooling of the source. Linearly and by neighbours."""
     with open_analysis(recipe, overrides, output) as opened:
         from hftl.pipeline.analyses import run_probe
 
@@ -59,7 +59,7 @@ def curve(
     draws: Annotated[int, typer.Option(min=2, help="draws of labels")] = 5,
     rows: MostRows = 2000,
 ) -> None:
-    """Score against labels a class, with the baselines that few labels must beat."""
+    """Measure scores by labels a class, beside the baselines."""
     counts = _parse_sizes(sizes)
     names = tuple(dict.fromkeys(name.strip() for name in arms.split(",") if name.strip()))
     with open_analysis(recipe, overrides, output) as opened:
@@ -80,7 +80,7 @@ def distance(
     output: Output = None,
     rows: MostRows = 500,
 ) -> None:
-    """Measure how far train, test, unlabelled, general and other data lie from each other."""
+    """Measure how far train, test and other data lie from each other."""
     with open_analysis(recipe, _name_analysis(overrides, "distance"), output) as opened:
         from hftl.pipeline.analyses import run_distance
 
@@ -92,7 +92,7 @@ def distance(
 def shift(
     recipe: RecipePath, overrides: Overrides = None, output: Output = None, rows: MostRows = 1000
 ) -> None:
-    """Say whether test and unlabelled rows have other classes, or other inputs, than train."""
+    """Say whether test has other classes or inputs than train. Unlabelled rows too."""
     with open_analysis(recipe, _name_analysis(overrides, "shift"), output) as opened:
         from hftl.pipeline.analyses import run_shift
 
@@ -107,14 +107,14 @@ def advise(
     ],
     rest: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[key=value ...]", help="changes to the recipe; or more runs"),
+        typer.Argument(metavar="key=value", help="changes to the recipe; or more runs"),
     ] = None,
     history: Annotated[
         bool, typer.Option("--history", help="count how often the advice of runs was right")
     ] = False,
     output: Output = None,
 ) -> None:
-    """Advise a strategy and forecast what each would score, from one pass of the source."""
+    """Advise a strategy, and forecast what each would score."""
     if history:
         runs = [check_run_folder(Path(run)) for run in (recipe, *(rest or []))]
         from hftl.pipeline.advise import summarize_history
@@ -141,7 +141,7 @@ def rank(
     rows: MostRows = 1000,
     write: Winner = None,
 ) -> None:
-    """Rank source models for your data before any training, with rank intervals and cost."""
+    """Rank source models for your data before any training."""
     loaded = Recipe.load(recipe, overrides)
     _check_write_target(write)
     folder = name_run(loaded, output)
@@ -165,7 +165,7 @@ def sweep(
     seeds: Annotated[int, typer.Option(min=2, help="fresh seeds that measure the gain")] = 3,
     write: Winner = None,
 ) -> None:
-    """Search learning rates by layer: which blocks want to move, and what that gains."""
+    """Search learning rates by layer, and measure what that gains."""
     _check_write_target(write)
     learning_rates = _parse_numbers("--rates", rates, None)
     factors = _parse_numbers("--decays", decays, 1.0)

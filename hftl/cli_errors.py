@@ -83,8 +83,7 @@ def report_hang(error: HungProcessError) -> int:
 def report_unexpected_error(error: Exception, debug: bool) -> int:
     """Report an error that hftl did not raise: usage, disk, memory, or a bug."""
     if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
-        usage = str(error.format_message()).rstrip(".")  # pyright: ignore
-        return report_failure(2, error, f"{usage}. See hftl --help", debug)
+        return report_failure(2, error, _format_usage_error(error), debug)
     if is_disk_full(error):
         return report_failure(7, error, str(_build_disk_error(error)), debug)
     file_error = _convert_file_error(error)
@@ -107,6 +106,14 @@ def report_unexpected_error(error: Exception, debug: bool) -> int:
     return report_failure(
         1, error, f"{what}. Please report it with log.txt, or run with --debug", debug
     )
+
+
+def _format_usage_error(error: Any) -> str:
+    """Return what typer says of the arguments, and whose help to read."""
+    usage = str(error.format_message()).rstrip(".")
+    context = getattr(error, "ctx", None)
+    command = f" {context.info_name}" if context is not None and context.parent else ""
+    return f"{usage}{'' if usage.endswith('?') else '.'} See hftl{command} --help"
 
 
 def _build_disk_error(error: Exception) -> ResourceError:

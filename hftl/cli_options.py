@@ -14,7 +14,7 @@ from hftl.runtime import distributed
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="a recipe file")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[key=value ...]", help="changes to the recipe, values are YAML"),
+    typer.Argument(metavar="key=value", help="changes to the recipe, values are YAML"),
 ]
 Output = Annotated[
     Path | None, typer.Option(help="the run folder; default runs/<recipe's folder>-<stem>")

@@ -187,8 +187,9 @@ def test_an_output_that_cannot_be_used(
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        ("runn a.yaml", "runn"), ("run a.yaml --outptu x", "--outptu"), ("--no-such", "--no-such"),
-        ("run", "RECIPE"), ("compare", ". See hftl --help"), ("init a.csv", "--source"),
+        ("runn a.yaml", "Did you mean 'run'? See hftl --help"), ("run a.yaml --outptu x", "--outptu"), ("--no-such", "--no-such"),
+        ("run", "RECIPE"), ("compare", ". See hftl compare --help"),
+        ("init a.csv", "(hftl sources lists some)"),
         ("publish . --repo-id ../name --dry-run", "--repo-id"),
         ("publish . --force= --dry-run", "--force is empty"),
     ],
@@ -249,6 +250,9 @@ def test_help_schema_version_and_traceback(hftl: Hftl, recipe_file: Path) -> Non
     outcome = hftl()
     assert (outcome.code, outcome.err) == (0, "")
     assert outcome.out.startswith("Usage: ") and "  publish  " in outcome.out
+    assert len(outcome.out.splitlines()) > 25 and "..." not in outcome.out.partition("\n")[2]
+    assert max(map(len, outcome.out.splitlines())) <= 80
+    assert "{RECIPE} [key=value]...\n" in hftl("run", "--help").out
     assert json.loads(hftl("schema").out)["required"] == ["source", "data"]
     assert hftl("--version").out == f"{__version__}\n"
     assert gc.isenabled() and gc.get_freeze_count() > 0
