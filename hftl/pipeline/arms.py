@@ -3,6 +3,7 @@
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -170,8 +171,11 @@ def _remove_finished_checkpoints(run: Run, jobs: list[Job]) -> None:
 def _remove_all_checkpoints(run: Run) -> None:
     """Remove what is left once every arm is finished: also of arms that the recipe has dropped, of
     their adaptations, and of a search that was cut off between its end and its cleaning."""
-    for folder in (run.folder / "checkpoints").glob("*/"):
+    checkpoints = run.folder / "checkpoints"
+    for folder in checkpoints.glob("*/"):
         shutil.rmtree(folder)
+    with suppress(OSError):  # there is none, or it holds a file that is not ours
+        checkpoints.rmdir()
 
 
 def run_job(
