@@ -187,7 +187,8 @@ def test_an_output_that_cannot_be_used(
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        ("runn a.yaml", "Did you mean 'run'? See hftl --help"), ("run a.yaml --outptu x", "--outptu"), ("--no-such", "--no-such"),
+        ("runn a.yaml", "Did you mean 'run'? See hftl --help"),
+        ("run a.yaml --outptu x", "--outptu"), ("--no-such", "--no-such"),
         ("run", "RECIPE"), ("compare", ". See hftl compare --help"),
         ("init a.csv", "(hftl sources lists some)"),
         ("publish . --repo-id ../name --dry-run", "--repo-id"),

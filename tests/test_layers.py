@@ -88,7 +88,7 @@ ORDER = [
     "inference.find_model", "inference.load", "inference.published_scores", "inference.predict",
     "inference.load_predictor", "inference.multi_adapter",
     "inference.prior", "inference.arguments",
-    "inference.output_table",
+    "inference.output_table", "inference.input_table",
     "inference.predict_table",
     "inference.eval_data", "inference.compare",
     "sources",
