@@ -23,7 +23,11 @@ from hftl.errors import DataError, RecipeError
 from hftl.finetune.strategies import FINETUNE_STRATEGIES
 from hftl.models.architectures import ARCHITECTURES, READ_AS, UNHEADED
 from hftl.models.image_architectures import IMAGE_HALVES, UNHEADED_ENCODERS
-from hftl.models.known_sources import find_known_source, suggest_known_source
+from hftl.models.known_sources import (
+    find_known_source,
+    find_packaged_source,
+    suggest_known_source,
+)
 from hftl.plurals import choose_verb, count_noun
 from hftl.runtime import paths, run_folder
 
@@ -47,7 +51,7 @@ TEMPLATE = """# Fine-tunes {source} on {data}, and measures what the transfer wa
 # Every key and its default: hftl schema.   Look before you run: hftl check {recipe}
 source:
   model: {source}
-  # published_as: org/name\t# the public id, where model is a folder or package
+  {published}
 
 data:
   task: {task}\t# guessed from the label's values
@@ -79,6 +83,7 @@ measure:
 """
 
 
+PUBLIC_ID_LINE = "published_as: {id}\t# org/name on the hub; without it no other loads the adapter"
 KIND_NAMES = {"text": "texts", "image": "pictures"}
 POOLING_NOTES = {
     "image": "native | cls | mean | cls+mean, where a class token stands before the patches",
@@ -129,9 +134,15 @@ def write_recipe(data: Path, source: str, output: Path | None) -> tuple[Path, li
     _check_classes(data.name, guess, counts)
     _check_modality(source, model, guess)
     notes = [*_describe_guess(guess, counts), *([] if model else _describe_hub_source(source))]
+    packaged = find_packaged_source(source)
+    published = "# published_as: org/name\t# the public id, where model is a folder or package"
+    if model is not None:
+        published = PUBLIC_ID_LINE.format(id=packaged.id if packaged else "null")
+    if packaged is not None:
+        notes.append(f"source: {source} has the weights of {packaged.id}, its public id")
     notes += [f"warning: {doubt}" for doubt in list_doubts(guess, counts)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    run_folder.write_text(path, _fill_template(guess, counts, data, source, path))
+    run_folder.write_text(path, _fill_template(guess, counts, data, source, path, published))
     return path, notes
 
 
@@ -331,7 +342,7 @@ def _describe_hub_source(source: str) -> list[str]:
 
 
 def _fill_template(
-    guess: ColumnGuess, counts: LabelCounts, data: Path, source: str, path: Path
+    guess: ColumnGuess, counts: LabelCounts, data: Path, source: str, path: Path, published: str
 ) -> str:
     in_all = guess.task in TASKS_WITHOUT_CLASS_SHOTS
     rows = max(1, round(TRAIN_SHARE * counts.rows))
@@ -339,7 +350,8 @@ def _fill_template(
     is_table = data.is_file() and guess_format(data) == "csv"
     known = find_known_source(source)
     text = TEMPLATE.format(
-        source=_format_yaml(source), data=_format_yaml(str(data)), recipe=path, task=guess.task,
+        source=_format_yaml(source), published=published, data=_format_yaml(str(data)),
+        recipe=path, task=guess.task,
         path_note=f"{COMMENT_MARK}its columns are separated by ';'"
         if is_table and find_separator(data) == ";" else "",
         column=guess.kind, label=_format_yaml(guess.label),

@@ -6,7 +6,7 @@ from hftl.console import format_table
 from hftl.models.known_sources import KnownSource, list_known_sources
 from hftl.runtime.run_folder import to_json
 
-COLUMNS = ("source", "field", "reads", "family", "parameters", "license", "hftl loads it")
+COLUMNS = ("source", "size", "license", "loads")
 FOOTNOTE = (
     "loads: by its architecture, nothing was downloaded; a license left out is on the model's page"
 )
@@ -22,9 +22,19 @@ def select_sources(field: str | None, modality: str | None) -> list[KnownSource]
 
 
 def format_sources(sources: Sequence[KnownSource]) -> str:
-    """Return a table with a row for each source."""
-    rows = [COLUMNS, *map(_build_row, sources)]
-    return f"{format_table(rows)}\n  {FOOTNOTE}" if sources else "  none"
+    """Return a table with a row for each source, under field and modality, and why hftl does not
+    load some. No line of the table is wider than 100 columns."""
+    if not sources:
+        return "  none"
+    head, rule, *rows = format_table([COLUMNS, *map(_build_row, sources)]).splitlines()
+    lines, group = [head, rule], None
+    for source, row in zip(sources, rows, strict=True):
+        if group != (source.field, source.modality):
+            group = source.field, source.modality
+            lines.append(f"{source.field}, {source.modality}")
+        lines.append(row)
+    obstacles = [f"  no: {one.id}: {one.obstacle}" for one in sources if one.obstacle]
+    return "\n".join([*lines, f"  {FOOTNOTE}", *obstacles])
 
 
 def dump_sources(sources: Sequence[KnownSource]) -> str:
@@ -34,10 +44,9 @@ def dump_sources(sources: Sequence[KnownSource]) -> str:
 
 
 def _build_row(source: KnownSource) -> tuple[str, ...]:
-    loads = "yes" if source.obstacle is None else f"no: {source.obstacle}"
     return (
-        source.id, source.field, source.modality, source.family, _format_millions(source.millions),
-        source.license or "-", loads,
+        source.id, _format_millions(source.millions), source.license or "-",
+        "yes" if source.obstacle is None else "no",
     )  # fmt: skip
 
 

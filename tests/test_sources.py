@@ -58,9 +58,13 @@ def test_models_named_as_out_of_reach_say_why() -> None:
 
 def test_table_and_json_select_by_field_and_modality() -> None:
     table = run("--field", "medical", "--modality", "text").splitlines()
-    assert table[0].split()[:3] == ["source", "field", "reads"]
+    assert table[0].split() == ["source", "size", "license", "loads"]
+    assert table[2] == "medical, text"
     (row,) = (line for line in table if "dmis-lab/biobert" in line)
-    assert row.split() == ["dmis-lab/biobert-v1.1", "medical", "text", "bert", "108M", "-", "yes"]
+    assert row.split() == ["dmis-lab/biobert-v1.1", "108M", "-", "yes"]
+    lines = run().splitlines()
+    assert max(len(line) for line in lines if not line.startswith("  no: ")) <= 100
+    assert any(line.startswith("  no: imageomics/bioclip: it is saved for") for line in lines)
     assert not any("dinov2" in line or "scibert" in line for line in table)
     tree = json.loads(run("--json", "--modality", "image"))
     assert {entry["modality"] for entry in tree} == {"image"}
@@ -87,6 +91,23 @@ def test_a_name_that_is_nearly_known_is_suggested(
     table = write_csv(tmp_path / "reviews.csv", ["text", "label"], sentences(40))
     _, notes = write_recipe(table, name, tmp_path / "a.yaml")
     assert any(f"did you mean {nearest}?" in note for note in notes) == (nearest is not None)
+
+
+def test_init_fills_in_the_public_id_of_a_packaged_source(tmp_path: Path) -> None:
+    table = write_csv(tmp_path / "reviews.csv", ["text", "label"], sentences(40))
+    packaged = [source for source in SOURCES if source.package is not None]
+    assert packaged, "the source of the README's commands"
+    for number, known in enumerate(packaged):
+        place = f"package:{known.package}"
+        path, notes = write_recipe(table, place, tmp_path / f"{number}.yaml")
+        assert Recipe.load(path).source.published_as == known.id and any("public id" in n for n in notes)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "config.json").write_text('{"model_type": "bert"}')
+    path, _ = write_recipe(table, str(tmp_path / "own"), tmp_path / "own.yaml")
+    assert "# org/name on the hub; without" in path.read_text("utf-8")
+    assert Recipe.load(path).source.published_as is None
+    path, _ = write_recipe(table, "google-bert/bert-base-uncased", tmp_path / "hub.yaml")
+    assert "\n  # published_as: org/name" in path.read_text("utf-8")
 
 
 @pytest.mark.parametrize("numbered", [True, False])

@@ -15,6 +15,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, field_validator
 
 from hftl.models.architectures import ARCHITECTURES, READ_AS, UNHEADED
+from hftl.runtime.paths import PACKAGE_PREFIX
 
 SourceField = Literal["general", "medical", "microscopy", "satellite", "science", "law", "code"]
 SourceModality = Literal["text", "image", "multimodal"]
@@ -36,6 +37,7 @@ class KnownSource(BaseModel):
         millions: of parameters; None where that is not known for sure.
         license: its identifier; None where the model's page must be read.
         own_format: why transformers alone does not load it; None where it does.
+        package: a Python package that ships the same weights, as `<import name>/<folder>`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -47,8 +49,9 @@ class KnownSource(BaseModel):
     millions: float | None
     license: str | None
     own_format: str | None
+    package: str | None
 
-    @field_validator("millions", "license", "own_format", mode="before")
+    @field_validator("millions", "license", "own_format", "package", mode="before")
     @classmethod
     def _read_empty_cell(cls, cell: str) -> str | None:
         return SHARED_FORMATS.get(cell, cell) or None
@@ -73,6 +76,17 @@ def list_known_sources() -> tuple[KnownSource, ...]:
 def find_known_source(name: str) -> KnownSource | None:
     """Return the entry of a hub id; None where the list has none."""
     return next((source for source in list_known_sources() if source.id == name), None)
+
+
+def find_packaged_source(place: str) -> KnownSource | None:
+    """Return the entry whose weights the package at a place ships; None where none is listed.
+
+    A push compares them with the hub's, tensor by tensor.
+    """
+    if not place.startswith(PACKAGE_PREFIX):
+        return None
+    inside = place.removeprefix(PACKAGE_PREFIX).rstrip("/")
+    return next((source for source in list_known_sources() if source.package == inside), None)
 
 
 def suggest_known_source(name: str) -> str | None:
