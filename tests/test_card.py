@@ -579,3 +579,11 @@ def test_summary_proposes_a_push_only_for_publish(case: str, pushed: bool, tmp_p
     summary = _format_summary(read_back(make_record(case), tmp_path), True)
     assert f"  hftl predict {tmp_path} INPUT" in summary
     assert (f"  hftl publish {tmp_path} --dry-run" in summary) == pushed
+    assert "the same command" not in summary
+
+
+def test_summary_of_one_seed_says_how_to_go_on(tmp_path: Path) -> None:
+    record = make_record("negative")
+    record["recipe"]["measure"]["seeds"] = [4]
+    summary = _format_summary(read_back(record, tmp_path), True)
+    assert '  the same command with "measure.seeds=[4, 5, 6]": what stands is kept' in summary

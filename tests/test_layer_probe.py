@@ -155,7 +155,7 @@ def test_probe_command(hftl: Hftl, recipe_file: Path, tmp_path: Path, forwards: 
     facts = read(run)
     assert facts.provenance.pooling == "mean" and facts.provenance.seeds == [0, 1]
     assert facts.seeds == 1 and all(score.probe.ci95 is not None for score in facts.sites)
-    assert "mean: probe" in outcome.out and f"chosen on these rows: {facts.best}" in outcome.out
+    assert "neighbours" in outcome.out and f"chosen on these rows: {facts.best}" in outcome.out
     assert (run / "analysis" / "probe.png").read_bytes()[:4] == b"\x89PNG"
     passes = len(forwards)
     again = hftl("probe", recipe_file, "--output", run)

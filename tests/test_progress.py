@@ -1,6 +1,7 @@
 """Show progress on a terminal: what runs, how far it is; nothing where nobody looks."""
 
 import io
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,7 +66,11 @@ def test_a_run_names_arm_seed_epoch_loss_and_every_pass(
 
         monkeypatch.setattr(progress.Progress, method, draw)
     recipe_tree["measure"] |= {"arms": ["head", "scratch"], "seeds": [3]}
-    run(Recipe.parse(recipe_tree), tmp_path / "run", until="finetune", progress=True)
+    lines: list[str] = []
+    monkeypatch.setattr("hftl.pipeline.pipeline.print_line", lines.append)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    run(Recipe.parse(recipe_tree), tmp_path / "run", until="finetune")
+    assert any("] lora seed 3 " in line for line in lines), "a run from Python says so by itself"
     for title in ("lora seed 3", "scratch seed 3", "scratch: rate", "features", "predictions",
                   "evaluation", ", loss "):  # fmt: skip
         assert any(title in shown for shown in titles), title

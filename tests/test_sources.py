@@ -100,7 +100,9 @@ def test_init_fills_in_the_public_id_of_a_packaged_source(tmp_path: Path) -> Non
     for number, known in enumerate(packaged):
         place = f"package:{known.package}"
         path, notes = write_recipe(table, place, tmp_path / f"{number}.yaml")
-        assert Recipe.load(path).source.published_as == known.id and any("public id" in n for n in notes)
+        assert Recipe.load(path).source.published_as == known.id and any(
+            "public id" in n for n in notes
+        )
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "config.json").write_text('{"model_type": "bert"}')
     path, _ = write_recipe(table, str(tmp_path / "own"), tmp_path / "own.yaml")

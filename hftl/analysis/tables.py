@@ -90,21 +90,14 @@ def _describe_gap(facts: RankAnalysis) -> list[str]:
 
 def format_probe(facts: ProbeAnalysis) -> str:
     """Return both probes at every layer and pooling, and what the best gains over the recipe's."""
-    poolings = sorted({score.site.pooling for score in facts.sites})
-    by_site = {(score.site.layer, score.site.pooling): score for score in facts.sites}
-    header = ["layer"]
-    for pooling in poolings:
-        header += [f"{pooling}: probe", "95 % interval", "neighbours"]
-    rows = []
-    for layer in sorted({score.site.layer for score in facts.sites}):
-        row = [str(layer)]
-        for pooling in poolings:
-            score = by_site.get((layer, pooling))
-            row += ["", "", ""] if score is None else [
-                format_number(score.probe.value), format_interval(score.probe.ci95),
-                format_number(score.neighbours.value),
-            ]  # fmt: skip
-        rows.append(row)
+    header = ["pooling", "layer", "probe", "95 % interval", "neighbours"]
+    rows = [
+        [
+            score.site.pooling, str(score.site.layer), format_number(score.probe.value),
+            format_interval(score.probe.ci95), format_number(score.neighbours.value),
+        ]
+        for score in sorted(facts.sites, key=lambda one: (one.site.pooling, one.site.layer))
+    ]  # fmt: skip
     notes = [
         f"  probe: {facts.metric} on {facts.validation_rows:,} validation rows, trained on "
         f"{facts.train_rows:,} of train, {facts.seeds} draw{'s' if facts.seeds > 1 else ''}",

@@ -299,6 +299,12 @@ def _read_search(run: Run) -> ScratchSearch | None:
     return run.read_scratch_search()
 
 
+def _advise_on_seeds(seed: int) -> str:
+    """Return how to go on after a run of one seed, of which nothing is published."""
+    seeds = ", ".join(str(seed + n) for n in range(3))
+    return f'the same command with "measure.seeds=[{seeds}]": what stands is kept'
+
+
 def _format_summary(record: Record, publish: bool) -> str:
     run = record.folder
     lines = ["", console.format_ladder(record)]
@@ -317,4 +323,6 @@ def _format_summary(record: Record, publish: bool) -> str:
         lines += ["", "next:", f"  hftl predict {run} INPUT"]
         if record.verdict.decision == "publish":
             lines.append(f"  hftl publish {run} --dry-run")
+        elif len(record.recipe.measure.seeds) == 1:
+            lines.append(f"  {_advise_on_seeds(record.recipe.measure.seeds[0])}")
     return "\n".join(lines)

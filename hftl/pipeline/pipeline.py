@@ -1,5 +1,6 @@
 """Run a recipe phase by phase: each reads and writes files, and is skipped where it is finished."""
 
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -45,12 +46,22 @@ from hftl.pipeline.slices import check_slices
 from hftl.publish.reload_process import WaitingReload
 from hftl.runtime import distributed, run_folder
 from hftl.runtime.hardware import get_device
-from hftl.runtime.progress import show_activity, show_progress, silence_libraries
+from hftl.runtime.progress import (
+    print_line,
+    show_activity,
+    show_progress,
+    silence_libraries,
+)
 from hftl.runtime.restart import restore_results, set_results_aside
 from hftl.runtime.watchdog import watch_processes
 from hftl.train.facts import CheckFacts
 
 PHASES = ("adapt", "finetune", "measure", "publish")
+
+
+def _show_line(line: str) -> None:
+    """Show a line above the bars; nothing where none are drawn."""
+    print_line(line)
 
 
 def run(
@@ -59,8 +70,8 @@ def run(
     *,
     until: str = "publish",
     restart: bool = False,
-    say: Callable[[str], None] = lambda line: None,
-    progress: bool = False,
+    say: Callable[[str], None] = _show_line,
+    progress: bool | None = None,
     report_hang: Callable[[HungProcessError], object] = print,
     waiting: WaitingReload | None = None,
 ) -> Record | None:
@@ -71,8 +82,8 @@ def run(
         output: the run folder; by default `runs/<recipe's folder>-<stem>`.
         until: the last phase: adapt, finetune, measure or publish.
         restart: throw away what stands in the run folder, once nothing is refused any more.
-        say: receives each line of progress.
-        progress: whether to draw progress bars.
+        say: receives each line of progress; by default they are shown above the bars, if any.
+        progress: whether to draw progress bars; None: on a terminal.
         report_hang: receives the error before all end where a process of several hangs.
         waiting: a process that waits to check the reload, where one was prepared.
 
@@ -92,6 +103,8 @@ def run(
         output = recipe.default_output()
     folder = Path(output)
     silence_libraries()
+    if progress is None:
+        progress = sys.stderr.isatty() and distributed.is_main()
     started = Run(recipe, folder, say if distributed.is_main() else _discard_line, waiting)
     with ExitStack() as stack:
         stack.enter_context(show_progress(progress))
