@@ -269,7 +269,7 @@ def doctor(
     """Examine any adapter, running none of it; exits 4 on defects."""
     from hftl.doctor.report import run_doctor
 
-    with run_quietly(bars=False):
+    with run_quietly():
         raise typer.Exit(run_doctor(adapter, base, fix, say))
 
 

@@ -40,7 +40,7 @@ def is_interactive() -> bool:
 
 
 @contextmanager
-def run_quietly(bars: bool = True) -> Iterator[None]:
+def run_quietly() -> Iterator[None]:
     """Silence the libraries while a command works, and show progress on a terminal.
 
     What the command needs is imported before.
@@ -49,5 +49,5 @@ def run_quietly(bars: bool = True) -> Iterator[None]:
 
     silence_libraries()
     freeze_imports()
-    with show_progress(bars and is_interactive()):
+    with show_progress(is_interactive()):
         yield

@@ -24,7 +24,7 @@ BERT_AS_VIT = {
 @pytest.fixture
 def adapter(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a published folder with record and card."""
-    monkeypatch.setattr(load_check, "predict_in_fresh_processes", lambda *given: [np.zeros(2)] * 2)
+    monkeypatch.setattr(load_check, "predict_in_fresh_process", lambda *given: [np.zeros(2)] * 2)
     shutil.copytree(finished / "publish", tmp_path / "adapter")
     return tmp_path / "adapter"
 

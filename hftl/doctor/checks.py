@@ -38,6 +38,7 @@ from hftl.publish.base_reference import BaseReference, resolve_base
 from hftl.publish.published_metadata import find_changed_weights
 from hftl.publish.settings_files import ADAPTER_CONFIG, MODEL_CONFIG
 from hftl.runtime import finished_files
+from hftl.runtime.progress import show_activity
 
 
 def examine_adapter(place: str | Path, base: str | None = None) -> Examination:
@@ -55,7 +56,9 @@ def examine_adapter(place: str | Path, base: str | None = None) -> Examination:
     examination = Examination(folder, base, findings)
     examination.unexamined += [folder.unlisted_reason] if folder.unlisted_reason else []
     for check in CHECKS:
-        examination.findings += list(check(examination))
+        # Reloads take seconds: libraries are imported anew.
+        with show_activity(check.__name__.replace("_", " ")):
+            examination.findings += list(check(examination))
     return examination
 
 

@@ -1,7 +1,8 @@
-"""Load the adapter in two fresh processes with different random seeds, and compare their outputs.
+"""Load the adapter twice in a fresh process, with different random seeds, and compare the outputs.
 
-What no file holds is drawn at random, so it shows as a difference. The processes get a folder with
-what loading needs and nothing else of the examined one.
+What no file holds is drawn at random, so it shows as a difference. The process gets a folder with
+what loading needs and nothing else of the examined one; one process, as importing its libraries
+takes most of the time.
 """
 
 import json
@@ -68,7 +69,7 @@ def check_reload(examination: Examination) -> list[Finding]:
         if folder.is_adapter:
             _copy_adapter(folder, clean)
         try:
-            first, second = predict_in_fresh_processes(clean, source.folder, name)
+            first, second = predict_in_fresh_process(clean, source.folder, name)
         except LoadFailedError as error:
             fix = "Correct what stands above; else save it again"
             return [defect("reload", f"it does not load: {error}", folder.place, fix)]
@@ -76,44 +77,32 @@ def check_reload(examination: Examination) -> list[Finding]:
 
 
 class LoadFailedError(Exception):
-    """A fresh process failed to load it; the message is the last line that it wrote."""
+    """The fresh process failed to load it; the message is the last line that it wrote."""
 
 
-def predict_in_fresh_processes(clean: Path, base: Path, name: str) -> list[np.ndarray]:
-    """Return the outputs of fresh processes, one a seed, which run side by side.
+def predict_in_fresh_process(clean: Path, base: Path, name: str) -> list[np.ndarray]:
+    """Return the outputs of two loads in a fresh process, one a seed.
 
     Raises:
-        LoadFailedError: if one of them ends with an error, or not at all.
+        LoadFailedError: if it ends with an error, or not at all.
     """
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     for name_ in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "PYTHONPATH"):
         environment.pop(name_, None)
     script = str(Path(__file__).with_name("load_once.py"))
-    running: list[subprocess.Popen[str]] = []
+    command = [sys.executable, "-P", script, str(clean), str(base), name, *map(str, SEEDS)]
     try:
-        for seed in SEEDS:
-            command = [sys.executable, "-P", script, str(clean), str(base), name, str(seed)]
-            running.append(
-                subprocess.Popen(
-                    command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                    env=environment,
-                )
-            )  # fmt: skip
-        return [_read_output(process) for process in running]
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
-
-
-def _read_output(process: "subprocess.Popen[str]") -> np.ndarray:
-    try:
-        out, err = process.communicate(timeout=LOAD_TIMEOUT_SECONDS)
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, check=False,
+            timeout=LOAD_TIMEOUT_SECONDS,
+        )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         raise LoadFailedError(f"it took more than {LOAD_TIMEOUT_SECONDS} s") from error
-    if process.returncode != 0:
-        raise LoadFailedError((err.strip().splitlines() or ["it ended without a word"])[-1][:300])
-    return np.array(json.loads(out.strip().splitlines()[-1])["output"])
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
+        raise LoadFailedError(last[:300])
+    outputs = json.loads(done.stdout.strip().splitlines()[-1])["outputs"]
+    return [np.array(output) for output in outputs]
 
 
 def _copy_adapter(folder: AdapterFolder, clean: Path) -> None:

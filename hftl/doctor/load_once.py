@@ -1,11 +1,11 @@
-"""Load an adapter or model once, with one random seed, and print its output for a fixed input.
+"""Load an adapter or model with a random seed, and print its output for a fixed input.
 
-As a script it runs in a fresh process, without hftl:
+As a script it runs in a fresh process, without hftl, and does so once a seed:
 
-    python load_once.py FOLDER BASE CLASS SEED  ->  {"output": [...]}
+    python load_once.py FOLDER BASE CLASS SEED SEED  ->  {"outputs": [[...], [...]]}
 
 FOLDER holds config.json with the labels, and an adapter or nothing more; BASE is the folder of the
-weights; CLASS the class of transformers. What no file holds is drawn from SEED.
+weights; CLASS the class of transformers. What no file holds is drawn from a SEED.
 """
 
 import json
@@ -25,8 +25,19 @@ TOKEN_STEP = 7919
 """A prime, so that the ids differ."""
 
 
-def compute_output(folder: Path, base: Path, name: str, seed: int) -> list[float]:
-    """Return the logits of the fixed input, or a headless model's hidden states, flattened."""
+def compute_output(
+    folder: Path, base: Path, name: str, seed: int, keep: list[Any] | None = None
+) -> list[float]:
+    """Return the logits of the fixed input, or a headless model's hidden states, flattened.
+
+    Args:
+        folder: see above, as `base` and `name`.
+        base: of the weights.
+        name: of the class.
+        seed: what no file holds is drawn from it.
+        keep: receives the model, so that the memory of the next is not that of this one: it would
+            hold the same where nothing writes it.
+    """
     torch.manual_seed(seed)
     config: Any = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     model = getattr(transformers, name).from_pretrained(
@@ -35,6 +46,8 @@ def compute_output(folder: Path, base: Path, name: str, seed: int) -> list[float
     )  # fmt: skip
     if (folder / "adapter_config.json").exists():
         model = PeftModel.from_pretrained(model, str(folder))
+    if keep is not None:
+        keep.append(model)
     inputs = build_fixed_input(model.get_base_model() if isinstance(model, PeftModel) else model)
     with torch.inference_mode():
         outputs = model.eval()(**inputs)
@@ -74,5 +87,9 @@ def _build_patches(count: int, values: int) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    _, folder_, base_, name_, seed_ = sys.argv
-    print(json.dumps({"output": compute_output(Path(folder_), Path(base_), name_, int(seed_))}))  # noqa: T201
+    _, folder_, base_, name_, *seeds_ = sys.argv
+    kept: list[Any] = []
+    outputs_ = [
+        compute_output(Path(folder_), Path(base_), name_, int(seed_), kept) for seed_ in seeds_
+    ]
+    print(json.dumps({"outputs": outputs_}))  # noqa: T201

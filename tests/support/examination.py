@@ -78,7 +78,7 @@ def loads_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
         seeds = load_check.SEEDS
         return [np.array(load_once.compute_output(clean, base, name, seed)) for seed in seeds]
 
-    monkeypatch.setattr(load_check, "predict_in_fresh_processes", load)
+    monkeypatch.setattr(load_check, "predict_in_fresh_process", load)
 
 
 def kinds(examination: Examination, defects: bool = True) -> set[str]:
