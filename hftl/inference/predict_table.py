@@ -144,11 +144,14 @@ def _list_columns(
     if faults is None:
         return {name: [row[name] for row in rows] for name in rows[0]}
     good = iter(rows)
-    blank: dict[str, object] = dict.fromkeys(rows[0])
+    blank: dict[str, object] = {name: None for name in rows[0]}
     filled = [blank if n in faults else next(good) for n in range(len(table.rows))]
-    columns = {name: [row[name] for row in filled] for name in blank}
+    columns: dict[str, list[object]] = {
+        name: [row[name] for row in filled] for name in blank
+    }
     free = name_columns([FAULT_COLUMN], blank, "row.")[FAULT_COLUMN]
-    return columns | {free: [faults.get(n) for n in range(len(filled))]}
+    columns[free] = [faults.get(n) for n in range(len(filled))]
+    return columns
 
 
 def _write_columns(columns: Columns, output: Path | None) -> str | None:

@@ -103,11 +103,11 @@ def run(
         output = recipe.default_output()
     folder = Path(output)
     silence_libraries()
-    if progress is None:
-        progress = sys.stderr.isatty() and distributed.is_main()
+    on_terminal = sys.stderr.isatty() and distributed.is_main()
+    draws = on_terminal if progress is None else progress
     started = Run(recipe, folder, say if distributed.is_main() else _discard_line, waiting)
     with ExitStack() as stack:
-        stack.enter_context(show_progress(progress))
+        stack.enter_context(show_progress(draws))
         distributed.broadcast_from_main(lambda: _open_run_folder(folder, stack))
         stack.enter_context(watch_processes(folder, report_hang))
         return _run_phases(started, until, restart)
