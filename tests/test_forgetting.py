@@ -332,7 +332,7 @@ def test_the_source_is_embedded_again_where_its_embeddings_would_differ(
     """An arm that read 6 tokens was compared with the source on 16."""
     calls: list[int] = []
 
-    def embed(context: Any, seed: int) -> dict[str, np.ndarray]:
+    def embed(context: Any, seed: int, heads: Any) -> dict[str, np.ndarray]:
         calls.append(seed)
         return {"new": np.zeros((2, 3), np.float32)}
 

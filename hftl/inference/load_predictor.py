@@ -32,7 +32,7 @@ from hftl.models.architectures import (
 from hftl.models.encoders import hide_padding
 from hftl.models.model_parts import unwrap_adapter
 from hftl.models.prompt_processor import load_prompt_processor
-from hftl.models.source import BUILD_ERRORS, CONFIG_ERRORS, SourceModel, complete_padding
+from hftl.models.source import BUILD_ERRORS, SourceModel, complete_padding
 from hftl.models.timm_architecture import TIMM_WRAPPER
 from hftl.models.timm_processor import build_timm_processor
 from hftl.publish.published_metadata import PublishedInputs, PublishedMetadata
@@ -216,10 +216,13 @@ def _load_processor(auto_class: Any, folder: Path, **options: Any) -> Any:
 
     Raises:
         RecipeError: if it has none.
+        RunFolderError: if its settings are of another shape.
     """
     try:
-        return auto_class.from_pretrained(folder, **options)
-    except (ImportError, *CONFIG_ERRORS) as error:
+        with wrap_loading_errors(folder, (TypeError, LookupError, AttributeError, RuntimeError)):
+            return auto_class.from_pretrained(folder, **options)
+    except (ImportError, OSError, ValueError) as error:
+        # OSError for a file that is missing or no JSON, ValueError for an unknown class,
         # ImportError for a class that needs a package which is not installed.
         raise RecipeError(
             f"{paths.get_display_name(folder)} has no usable "
