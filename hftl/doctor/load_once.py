@@ -88,8 +88,8 @@ def _build_patches(count: int, values: int) -> dict[str, torch.Tensor]:
 
 if __name__ == "__main__":
     _, folder_, base_, name_, *seeds_ = sys.argv
-    kept: list[Any] = []
+    loaded: list[Any] = []
     outputs_ = [
-        compute_output(Path(folder_), Path(base_), name_, int(seed_), kept) for seed_ in seeds_
+        compute_output(Path(folder_), Path(base_), name_, int(seed_), loaded) for seed_ in seeds_
     ]
     print(json.dumps({"outputs": outputs_}))  # noqa: T201

@@ -111,16 +111,17 @@ def _encode_rows(
             raise DataError(what, fix)
         faults[number] = what
 
-    kept: list[int] = []
+    usable: list[int] = []
     for number, raw in enumerate(table.rows):
         why = find_row_fault(raw, predictor)
         if why is None:
-            kept.append(number)
+            usable.append(number)
         else:
             reject(number, f"{raw.where}: {why}")
     encoded = predictor.encode(
-        (get_input(table.rows[n], predictor) for n in kept), [table.rows[n].where for n in kept],
-        table.folder, lambda n, what: reject(kept[n], what),
+        (get_input(table.rows[n], predictor) for n in usable),
+        [table.rows[n].where for n in usable],
+        table.folder, lambda n, what: reject(usable[n], what),
     )  # fmt: skip
     if not encoded:
         raise DataError(f"no row can be read; of the first: {faults[0]}", "Correct them")
