@@ -1,12 +1,12 @@
 """Check the baselines: fair to scratch, right for the classical model, exact for the majority."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import bench_of, sentences, write_csv
 from scipy.special import softmax
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -19,12 +19,12 @@ from hftl.config.measure import Search
 from hftl.config.recipe import Recipe
 from hftl.errors import NumericError
 from hftl.finetune import arm_files, baselines, classical, pretraining_heads
-from hftl.finetune.arm_files import ArmOutput
-from hftl.finetune.baselines import solve_majority
+from hftl.finetune.arm import TrainedModel
+from hftl.finetune.baselines import Trial, solve_majority
 from hftl.finetune.classical import solve_classical
 from hftl.finetune.context import ExperimentContext
 from hftl.models.features import predict_with_features
-from hftl.train.facts import TriedRate
+from hftl.train.facts import TrainingFacts, TriedRate
 
 
 @pytest.fixture(scope="module")
@@ -51,42 +51,68 @@ def test_scratch_trains_as_long_as_validation_prefers_at_its_own_rate(
     context: ExperimentContext, monkeypatch: pytest.MonkeyPatch, whole: str, words: str | None
 ) -> None:
     trainings: list[dict[str, Any]] = []
-    predicted: list[tuple[str, ...]] = []
+    predicted: list[str] = []
 
-    def train_model(
-        context: Any, built: Any, finetune: Finetune, *_: Any, compared: bool, checkpoints: Any,
-        splits: Sequence[str],
-    ) -> ArmOutput:  # fmt: skip
+    def fit_model(
+        context: Any, built: Any, finetune: Finetune, *_: Any, checkpoints: Any
+    ) -> TrainedModel:
         trainings.append(training := finetune.training)
-        predicted.append(tuple(splits))
         assert finetune.patience is None, "scratch starts slowly: it must not be stopped early"
-        assert not compared, "it does not come from the source: it has nothing to forget"
         assert all(p.requires_grad for p in built.model.parameters())
-        rows = context.prepared.rows
-        right = np.eye(2)[context.prepared.encode_targets(rows["validation"])]
-        # The second rate alone is right on validation, and over the whole budget as `whole` says.
-        is_whole = training["num_train_epochs"] == 12
-        if is_whole and whole == "diverged":
+        if training["num_train_epochs"] == 12 and whole == "diverged":
             raise NumericError("NaN", "Lower it")
-        is_right = training["learning_rate"] == 3e-3 and (whole == "as good" or not is_whole)
-        sign = 1 if is_right else -1
-        logits = {"validation": sign * right, "test": np.zeros((len(rows["test"]), 2))}
-        return ArmOutput(logits, {}, 0)
+        return TrainedModel(built, None, TrainingFacts(), 0.0)
 
-    monkeypatch.setattr(baselines, "train_model", train_model)
+    def predict_split(context: Any, built: Any, scale: Any, split: str) -> np.ndarray:
+        predicted.append(split)
+        right = np.eye(2)[context.prepared.encode_targets(context.prepared.rows[split])]
+        # The second rate alone is right on validation, and over the whole budget as `whole` says.
+        is_whole = trainings[-1]["num_train_epochs"] == 12
+        is_right = trainings[-1]["learning_rate"] == 3e-3 and (whole == "as good" or not is_whole)
+        return right if is_right else -right
+
+    monkeypatch.setattr(baselines, "fit_model", fit_model)
+    monkeypatch.setattr(baselines, "predict_split", predict_split)
+    monkeypatch.setattr(baselines, "predict_trained", lambda *_, compared: predicted.append("all"))
     section = Finetune(training={"learning_rate": 1e-3, "num_train_epochs": 4})
     search = Search(learning_rates=[1e-3, 3e-3, 1e-2], epochs_factor=3)
     result = baselines.search_rate(context, section, search, 0)
     assert result["learning_rate"] == 3e-3 and len(result["tried"]) == 3
     assert [t["num_train_epochs"] for t in trainings] == pytest.approx([4, 4, 4, 12])
     assert [t["learning_rate"] for t in trainings] == [1e-3, 3e-3, 1e-2, 3e-3]
-    assert predicted == [("validation",)] * 4, "rate and length are chosen on validation alone"
+    assert set(predicted) == {"validation"}, "rate and length are chosen on validation alone"
     said = describe_scratch_search(result)
     assert words in said if words else "whole budget" not in said
     baselines.train_scratch(context, section, search, result, 0)
-    assert predicted[4] == ("validation", "test")
+    assert predicted[-1] == "all"
     assert trainings[-1]["num_train_epochs"] == pytest.approx(4 if words else 12)
     assert trainings[-1]["learning_rate"] == 3e-3
+
+
+@pytest.mark.parametrize("task", ["classification", "regression"])
+def test_chosen_trial_is_what_scratch_would_train(bert: Path, tmp_path: Path, task: str) -> None:
+    """A regression's head stays one of standardised targets until all is predicted."""
+    rows = [
+        (text, label if task == "classification" else f"{70 + 9 * len(text)}")
+        for text, label in sentences(40)
+    ]
+    context = build_context(bert, tmp_path, rows, task=task)
+    training = {"learning_rate": 1e-3, "num_train_epochs": 1, "per_device_train_batch_size": 8}
+    section, search = Finetune(training=training), Search(learning_rates=[1e-3], epochs_factor=3)
+
+    def keep(rate: float, share: float, make: Any) -> TriedRate:
+        (folder := tmp_path / f"{share:.1f}").mkdir()
+        baselines.write_trial(folder, make(None))
+        return baselines.read_trial_score(folder)
+
+    chosen = baselines.search_rate(context, section, search, 0, attempt=keep)
+    tried = baselines.predict_tried(context, section, 0, tmp_path / f"{chosen.share:.1f}")
+    trained = baselines.train_scratch(context, section, search, chosen, 0)
+    assert tried.weights.keys() == trained.weights.keys()
+    assert all(torch.equal(tried.weights[name], trained.weights[name]) for name in tried.weights)
+    assert all((tried.logits[split] == trained.logits[split]).all() for split in tried.logits)
+    assert tried.facts == trained.facts
+    assert tried.trainable_parameters == trained.trainable_parameters
 
 
 @pytest.mark.parametrize(
@@ -107,12 +133,12 @@ def test_search_goes_a_few_rates_beyond_its_edge(
 ) -> None:  # fmt: skip
     """Let accuracy fall with the distance from the best rate, or every rate above 5e-3 diverge."""
 
-    def try_rate(context: Any, section: Any, search: Any, rate: float, *_: Any) -> TriedRate:
+    def try_rate(context: Any, section: Any, search: Any, rate: float, *_: Any) -> Trial:
         if isinstance(best, str):
             metrics = None if rate > 5e-3 else {"accuracy": rate}
         else:
             metrics = {"accuracy": 1 / (1 + abs(np.log(rate / best)))}
-        return TriedRate(learning_rate=rate, metrics=metrics)
+        return Trial(TriedRate(learning_rate=rate, metrics=metrics))
 
     monkeypatch.setattr(baselines, "_score_rate", try_rate)
     section: Any = None

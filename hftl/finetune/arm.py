@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,18 @@ def train_arm(
     )
 
 
+@dataclass(frozen=True)
+class TrainedModel:
+    """Hold a trained model, whose head is one of standardised targets where there is a `scale`."""
+
+    built: LoadedModel
+    scale: TargetScale | None
+    facts: TrainingFacts
+    seconds: float
+    timings: dict[str, float] = field(default_factory=dict[str, float])
+    note: str = ""
+
+
 def train_model(
     context: ExperimentContext, built: LoadedModel, finetune: Finetune, seed: int,
     retention: Retention | None = None, compared: bool = True,
@@ -95,8 +107,22 @@ def train_model(
 ) -> ArmOutput:  # fmt: skip
     """Train a prepared model, keep its best evaluation on validation, and predict in fp32.
 
-    What is `compared` with the source leaves its embeddings. The head is one of standardised
-    targets, and is left in the label's unit. `splits` are those that are predicted.
+    What is `compared` with the source leaves its embeddings. The head is left in the label's unit.
+    `splits` are those that are predicted. Other arguments as of `fit_model`.
+    """
+    trained = fit_model(
+        context, built, finetune, seed, retention, checkpoints, measure_forgetting
+    )  # fmt: skip
+    return predict_trained(context, trained, compared, splits)
+
+
+def fit_model(
+    context: ExperimentContext, built: LoadedModel, finetune: Finetune, seed: int,
+    retention: Retention | None = None, checkpoints: CheckpointSpec | None = None,
+    measure_forgetting: Callable[[LoadedModel], float] | None = None,
+) -> TrainedModel:  # fmt: skip
+    """Train a prepared model, and keep its best evaluation on validation.
+
     `measure_forgetting` is called on the trained model; its value is the fact `forgotten`.
     """
     started = time.perf_counter()
@@ -138,10 +164,7 @@ def train_model(
     if measure_forgetting is not None:
         facts = facts.merge(TrainingFacts(forgotten=measure_forgetting(built)))
     seconds = time.perf_counter() - started
-    output = _predict_splits(context, built, scale, facts, seconds, compared, splits)
-    output.timings |= prefix.timings
-    output.note = prefix.line
-    return output
+    return TrainedModel(built, scale, facts, seconds, prefix.timings, prefix.line)
 
 
 @dataclass(frozen=True)
@@ -279,11 +302,7 @@ def _score_validation(
     context: ExperimentContext, built: LoadedModel, scale: TargetScale | None
 ) -> tuple[float, float]:
     """Return the model's score on validation and its standard error."""
-    rows = context.encode_rows(context.prepared.rows["validation"])
-    built.model.to(context.device)
-    outputs = predict_logits(built.model, rows, context.inputs, context.device)
-    if scale is not None:
-        outputs = scale.restore(outputs)
+    outputs = predict_split(context, built, scale, "validation")
     return distributed.broadcast_from_main(lambda: score_validation(context, outputs))
 
 
@@ -296,35 +315,50 @@ def _load_trained_weights(model: nn.Module, tensors: dict[str, Tensor]) -> nn.Mo
     return model
 
 
-def _predict_splits(
-    context: ExperimentContext, built: LoadedModel, scale: TargetScale | None,
-    facts: TrainingFacts, train_seconds: float, compared: bool, splits: Sequence[str],
+def predict_trained(
+    context: ExperimentContext, trained: TrainedModel, compared: bool,
+    splits: Sequence[str] = MEASURED_SPLITS,
 ) -> ArmOutput:  # fmt: skip
     """Return the output of a trained model: its predictions on the rows of splits, and its weights.
 
-    Its head is left in the label's unit.
+    Its head is left in the label's unit. `compared` as of `train_model`.
     """
     started = time.perf_counter()
+    built, scale = trained.built, trained.scale
     built.model.to(context.device)
     logits, features = {}, None
     for split in splits:
-        encoded = context.encode_rows(context.prepared.rows[split])
         if compared and split == "test":
+            encoded = context.encode_rows(context.prepared.rows[split])
             outputs, features = predict_with_features(
                 built.model, built.last_linear, encoded, context.inputs, context.device
             )
+            logits[split] = outputs if scale is None else scale.restore(outputs)
         else:
-            outputs = predict_logits(built.model, encoded, context.inputs, context.device)
-        # Far from 0 float32 would round what the model says.
-        logits[split] = outputs if scale is None else scale.restore(outputs)
+            logits[split] = predict_split(context, built, scale, split)
     if scale is not None:
         scale.restore_head(built.model)
-    embeddings = embed_compared_rows(context, built, features) if compared else {}
-    timings = {
-        "train_seconds": train_seconds, "predict_seconds": time.perf_counter() - started,
-    }  # fmt: skip
-    count = count_trainable_parameters(built.model)
-    return ArmOutput(logits, collect_trained_tensors(built), count, facts, timings, embeddings)
+    return ArmOutput(
+        logits,
+        collect_trained_tensors(built),
+        count_trainable_parameters(built.model),
+        trained.facts,
+        {"train_seconds": trained.seconds, "predict_seconds": time.perf_counter() - started}
+        | trained.timings,
+        embed_compared_rows(context, built, features) if compared else {},
+        trained.note,
+    )
+
+
+def predict_split(
+    context: ExperimentContext, built: LoadedModel, scale: TargetScale | None, split: str
+) -> np.ndarray:
+    """Return outputs (rows, outputs) for a split's rows, in the label's unit, computed in fp32."""
+    built.model.to(context.device)
+    rows = context.encode_rows(context.prepared.rows[split])
+    outputs = predict_logits(built.model, rows, context.inputs, context.device)
+    # Far from 0 float32 would round what the model says.
+    return outputs if scale is None else scale.restore(outputs)
 
 
 def build_keep_best(args: TrainingArguments, patience: int | None) -> BestWeightsCallback:

@@ -5,32 +5,54 @@ where validation prefers that, so that the gain is not one over a straw man.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from hftl.config.finetune import Finetune
 from hftl.config.measure import SEARCH_SHARE, Search
 from hftl.config.recipe import Arm
 from hftl.data.splits import MEASURED_SPLITS
 from hftl.errors import NumericError
-from hftl.finetune.arm import train_model
-from hftl.finetune.arm_files import ArmOutput
+from hftl.finetune.arm import TrainedModel, fit_model, predict_split, predict_trained
+from hftl.finetune.arm_files import (
+    WEIGHTS,
+    ArmOutput,
+    collect_trained_tensors,
+    load_trained_tensors,
+)
 from hftl.finetune.classical import solve_classical
 from hftl.finetune.context import ExperimentContext
 from hftl.finetune.solved_arms import solve_head, solve_zero_shot
 from hftl.finetune.trainable import apply_strategy
 from hftl.measure.metrics import METRICS, SELECTION_METRICS, compute_all_metrics
+from hftl.models.heads import LoadedModel
+from hftl.runtime import run_folder
 from hftl.runtime.progress import show_activity
-from hftl.train.facts import ScratchSearch, TriedRate
+from hftl.runtime.run_folder import read_part, to_json
+from hftl.train.facts import ScratchSearch, TrialFacts, TriedRate
 from hftl.train.step_checkpoint import CheckpointSpec
 
+TRIAL_FILE = "trial.json"
 MAX_EXTRA_RATES = 2
 """Rates that are tried at most beyond those given."""
 WARMUP_SHARE = 0.1
-RateAttempt = Callable[[float, float, Callable[[CheckpointSpec | None], TriedRate]], TriedRate]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Hold what a learning rate has come to, and the model that it trained; None: it diverged."""
+
+    score: TriedRate
+    trained: TrainedModel | None = None
+
+
+RateAttempt = Callable[[float, float, Callable[[CheckpointSpec | None], Trial]], TriedRate]
 """Returns what a learning rate has come to over a share of the budget, from an earlier attempt or
 by making one."""
 SOLVERS: dict[str, Callable[[ExperimentContext, Finetune, int], ArmOutput]] = {
@@ -52,7 +74,7 @@ def solve_arm(context: ExperimentContext, arm: Arm, seed: int) -> ArmOutput:
 def search_rate(
     context: ExperimentContext, finetune: Finetune, search: Search, seed: int,
     say: Callable[[str], None] = lambda line: None,
-    attempt: RateAttempt = lambda rate, share, make: make(None),
+    attempt: RateAttempt = lambda rate, share, make: make(None).score,
 ) -> ScratchSearch:  # fmt: skip
     """Try each rate once, the best one over the whole budget, and choose by validation.
 
@@ -121,30 +143,32 @@ def propose_rate(tried: list[TriedRate], best: float) -> float | None:
 def _try_rate(
     context: ExperimentContext, finetune: Finetune, search: Search, rate: float, share: float,
     seed: int, title: str, say: Callable[[str], None], checkpoints: CheckpointSpec | None,
-) -> TriedRate:  # fmt: skip
+) -> Trial:  # fmt: skip
     """Try one rate over a share of the budget, and report its score on validation, and seconds."""
     started = time.perf_counter()
     with show_activity(title):
-        row = _score_rate(context, finetune, search, rate, share, seed, checkpoints)
-    outcome = _describe_outcome(context.prepared.task, row)
+        trial = _score_rate(context, finetune, search, rate, share, seed, checkpoints)
+    outcome = _describe_outcome(context.prepared.task, trial.score)
     say(f"  {title}: {outcome}, {time.perf_counter() - started:.0f} s")
-    return row
+    return trial
 
 
 def _score_rate(
     context: ExperimentContext, finetune: Finetune, search: Search, rate: float, share: float,
     seed: int, checkpoints: CheckpointSpec | None,
-) -> TriedRate:  # fmt: skip
+) -> Trial:  # fmt: skip
     """Return one rate's metrics on validation; None where it diverged: others may not."""
     task, rows = context.prepared.task, context.prepared.rows["validation"]
     budget = _scale_budget(finetune, rate, search.epochs_factor * share)
+    built = _build_scratch(context, budget, seed)
     try:
-        outcome = _train_from_scratch(context, budget, seed, checkpoints, ("validation",))
+        trained = fit_model(context, built, budget, seed, checkpoints=checkpoints)
     except NumericError as error:
-        return TriedRate(learning_rate=rate, metrics=None, diverged=error.what)
-    predictions = context.prepared.decode_for_metrics(rows, outcome.logits["validation"])
+        return Trial(TriedRate(learning_rate=rate, metrics=None, diverged=error.what))
+    logits = predict_split(context, trained.built, trained.scale, "validation")
+    predictions = context.prepared.decode_for_metrics(rows, logits)
     metrics = compute_all_metrics(task, context.prepared.encode_for_metrics(rows), predictions)
-    return TriedRate(learning_rate=rate, metrics=metrics)
+    return Trial(TriedRate(learning_rate=rate, metrics=metrics), trained)
 
 
 def _describe_outcome(task: str, row: TriedRate) -> str:
@@ -183,7 +207,37 @@ def train_scratch(
 ) -> ArmOutput:  # fmt: skip
     """Train the source's architecture from its own initialisation, as the search has chosen."""
     budget = _scale_budget(finetune, chosen.learning_rate, search.epochs_factor * chosen.share)
-    return _train_from_scratch(context, budget, seed, checkpoints)
+    built = _build_scratch(context, budget, seed)
+    trained = fit_model(context, built, budget, seed, checkpoints=checkpoints)
+    return predict_trained(context, trained, compared=False)
+
+
+def predict_tried(
+    context: ExperimentContext, finetune: Finetune, seed: int, folder: Path
+) -> ArmOutput:
+    """Predict with the model of a trial, which is what `train_scratch` would train for its seed."""
+    built = _build_scratch(context, _scale_budget(finetune, 1.0, 1.0), seed)
+    load_trained_tensors(built.model, folder / WEIGHTS)
+    kept = read_part(folder / TRIAL_FILE, TrialFacts)
+    if kept.training is None:
+        raise RuntimeError(f"{folder}: the chosen trial diverged")
+    scale = context.compute_target_scale(seed)
+    trained = TrainedModel(built, scale, kept.training, kept.seconds)
+    return predict_trained(context, trained, compared=False)
+
+
+def write_trial(folder: Path, trial: Trial) -> None:
+    """Write a trial's score, and its model for `predict_tried`."""
+    facts, trained = TrialFacts(score=trial.score), trial.trained
+    if trained is not None:
+        save_file(collect_trained_tensors(trained.built), folder / WEIGHTS)
+        facts = facts.model_copy(update={"training": trained.facts, "seconds": trained.seconds})
+    run_folder.write_text(folder / TRIAL_FILE, to_json(facts.to_dict()))
+
+
+def read_trial_score(folder: Path) -> TriedRate:
+    """Read the score of a trial that `write_trial` wrote."""
+    return read_part(folder / TRIAL_FILE, TrialFacts).score
 
 
 def solve_majority(context: ExperimentContext, seed: int) -> ArmOutput:
@@ -217,12 +271,8 @@ def _scale_budget(finetune: Finetune, rate: float, factor: float) -> Finetune:
     return finetune.model_copy(update=own | unset)
 
 
-def _train_from_scratch(
-    context: ExperimentContext, finetune: Finetune, seed: int,
-    checkpoints: CheckpointSpec | None, splits: Sequence[str] = MEASURED_SPLITS,
-) -> ArmOutput:  # fmt: skip
+def _build_scratch(context: ExperimentContext, finetune: Finetune, seed: int) -> LoadedModel:
+    """Build the source's architecture with random weights of the seed, all of which train."""
     built = context.build_model(finetune.pooling, seed, scratch=True)
     apply_strategy(built.model, finetune)
-    return train_model(
-        context, built, finetune, seed, compared=False, checkpoints=checkpoints, splits=splits
-    )
+    return built

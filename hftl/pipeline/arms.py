@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,6 +15,7 @@ from hftl.errors import RunFolderError
 from hftl.finetune import arm_files, baselines
 from hftl.finetune.arm import train_arm
 from hftl.finetune.arm_files import ArmOutput
+from hftl.finetune.baselines import Trial
 from hftl.finetune.context import ExperimentContext
 from hftl.finetune.strategies import STRATEGIES
 from hftl.pipeline.cache_keys import build_arm_inputs, build_checkpoint_key
@@ -33,8 +34,6 @@ from hftl.runtime.progress import show_activity
 from hftl.runtime.run_folder import StageInputs, to_json
 from hftl.train.facts import ArmFile, ScratchSearch, TrainingFacts, TriedRate
 from hftl.train.step_checkpoint import CheckpointSpec
-
-RATE_FILE = "rate.json"
 
 
 @dataclass(frozen=True)
@@ -236,6 +235,9 @@ def _run_arm(run: Run, context: ExperimentContext, job: Job) -> ArmOutput:
     if arm.spec.schedule == "rate_search":
         chosen = search_scratch_rate(run, context, job)
         trained_as = {"rate": chosen.learning_rate, "share": chosen.share}
+        trial = distributed.broadcast_from_main(lambda: _find_trial(run, job, chosen))
+        if trial is not None:
+            return baselines.predict_tried(context, arm.finetune, seed, trial)
         return baselines.train_scratch(
             context, arm.finetune, run.recipe.measure.scratch, chosen, seed,
             replace(checkpoints, cache_key={**key, **trained_as}),
@@ -263,7 +265,10 @@ def search_scratch_rate(run: Run, context: ExperimentContext, job: Job) -> Scrat
         def keep() -> None:
             with run_folder.commit_stage(_get_search_folder(run), job.reads) as aside:
                 run_folder.write_text(aside / "search.json", to_json(search.to_dict()))
-            shutil.rmtree(_get_tries_folder(run))
+            chosen = _get_trial_folder(run, search.learning_rate, search.share)
+            for folder in _get_tries_folder(run).iterdir():
+                if folder != chosen:
+                    shutil.rmtree(folder)
 
         distributed.broadcast_from_main(keep)
         run.say(f"  scratch: {describe_scratch_search(search)}")
@@ -286,26 +291,42 @@ def try_scratch_rate(run: Run, context: ExperimentContext, job: Job, rate: float
 
 def _try_rate_once(
     run: Run, job: Job, rate: float, share: float,
-    attempt: Callable[[CheckpointSpec | None], TriedRate],
+    attempt: Callable[[CheckpointSpec | None], Trial],
 ) -> TriedRate:  # fmt: skip
     """Return what a learning rate has come to over a share of the budget, tried where no process
     has done so. Collective."""
-    tried_as = {"rate": rate, "share": share}
-    stage = _get_tries_folder(run) / f"rate-{rate:.6g}-{share:.2g}"
-    reads = {**job.reads, **tried_as}
+    stage, reads = _get_trial_folder(run, rate, share), _build_trial_inputs(job, rate, share)
     if distributed.broadcast_from_main(lambda: run_folder.read_stage_inputs(stage)) != reads:
         training, processes = job.arm.finetune.training, distributed.get_world_size()
-        key = {**build_checkpoint_key(job.reads, training, processes), **tried_as}
+        key = {**build_checkpoint_key(job.reads, training, processes), "rate": rate, "share": share}
         steps = stage.with_name(f"steps-{stage.name}")
-        tried = attempt(CheckpointSpec(steps, key))
+        trial = attempt(CheckpointSpec(steps, key))
 
         def keep() -> None:
             with run_folder.commit_stage(stage, reads) as aside:
-                run_folder.write_text(aside / RATE_FILE, to_json(tried.to_dict()))
+                baselines.write_trial(aside, trial)
             shutil.rmtree(steps, ignore_errors=True)
 
         distributed.broadcast_from_main(keep)
-    return run_folder.read_part(stage / RATE_FILE, TriedRate)
+    return baselines.read_trial_score(stage)
+
+
+def _find_trial(run: Run, job: Job, chosen: ScratchSearch) -> Path | None:
+    """Return the folder of the trial that has trained what this job is to; None: there is none."""
+    if job.seed != run.recipe.measure.seeds[0]:
+        return None
+    stage = _get_trial_folder(run, chosen.learning_rate, chosen.share)
+    reads = _build_trial_inputs(job, chosen.learning_rate, chosen.share)
+    return stage if run_folder.read_stage_inputs(stage) == reads else None
+
+
+def _build_trial_inputs(job: Job, rate: float, share: float) -> Mapping[str, object]:
+    """Return what a trial depends on."""
+    return {**job.reads, "rate": rate, "share": share}
+
+
+def _get_trial_folder(run: Run, rate: float, share: float) -> Path:
+    return _get_tries_folder(run) / f"rate-{rate:.6g}-{share:.2g}"
 
 
 def _get_search_folder(run: Run) -> Path:

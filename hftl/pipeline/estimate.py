@@ -98,9 +98,11 @@ def estimate_arm(
     rate = choice = 0.0
     if arm.spec.schedule == "rate_search":
         rate = SEARCH_SHARE * own + validation * costs.predict
-        choice = own + validation * costs.predict
-        # The seeds train for a third of the budget or for all of it.
-        seconds -= own * (1 - SEARCH_SHARE) / 2
+        # The seeds train for a third of the budget or for all of it; the first one has done so in
+        # the search.
+        spared = own * (1 - SEARCH_SHARE) / 2
+        seconds -= spared
+        choice = spared + validation * costs.predict
     if arm.retain is not None and arm.retain.has_auto_weight:
         rows = validation + len(list_selection_rows(context))
         choice = len(weight_grid.WEIGHT_GRID) * (own + rows * costs.predict)

@@ -264,6 +264,15 @@ class TriedRate(RecordPart):
     diverged: str | None = None
 
 
+class TrialFacts(RecordPart):
+    """Hold what a folder of the search keeps of one training beside its weights."""
+
+    score: TriedRate
+    training: TrainingFacts | None = None
+    """None where it diverged, and has no weights."""
+    seconds: float = 0.0
+
+
 class ScratchSearch(OpenPart):
     """Describe the search of the learning rate and of the length of training from scratch."""
 
