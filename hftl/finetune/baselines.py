@@ -218,11 +218,11 @@ def predict_tried(
     """Predict with the model of a trial, which is what `train_scratch` would train for its seed."""
     built = _build_scratch(context, _scale_budget(finetune, 1.0, 1.0), seed)
     load_trained_tensors(built.model, folder / WEIGHTS)
-    kept = read_part(folder / TRIAL_FILE, TrialFacts)
-    if kept.training is None:
+    tried = read_part(folder / TRIAL_FILE, TrialFacts)
+    if tried.training is None:
         raise RuntimeError(f"{folder}: the chosen trial diverged")
     scale = context.compute_target_scale(seed)
-    trained = TrainedModel(built, scale, kept.training, kept.seconds)
+    trained = TrainedModel(built, scale, tried.training, tried.seconds)
     return predict_trained(context, trained, compared=False)
 
 
