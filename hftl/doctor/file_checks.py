@@ -25,6 +25,15 @@ from hftl.doctor.adapter_tensors import count_outputs
 from hftl.doctor.renamed_modules import get_module_path
 from hftl.errors import format_error_line
 from hftl.measure.record import PUBLISHED_FILE
+from hftl.models.foreign_code import (
+    brings_code,
+    find_outside_shard,
+    find_outside_template,
+    list_imports,
+    list_timm_loads,
+    names_outside_file,
+    walk_items,
+)
 from hftl.models.source import SourceModel
 from hftl.models.timm_architecture import TIMM_WRAPPER
 from hftl.publish.settings_files import (
@@ -39,18 +48,11 @@ from hftl.runtime.paths import leaves_folder
 from hftl.runtime.run_folder import UnreadableJsonError, read_json
 
 CODE_SUFFIXES = (".py", ".pyc", ".so", ".dll", ".dylib", ".sh", ".exe", ".ipynb")
-CODE_KEYS = ("auto_map", "_attn_implementation_internal", "custom_pipelines")
-"""Keys of any settings file that name code to be fetched or imported."""
-TRUSTED_LIBRARIES = ("transformers", "peft")
-IMPORTING_KEYS = ("megatron_config", "megatron_core", "tokenizer_kwargs", "runtime_config")
-"""Keys of adapter_config.json whose values peft imports or passes on."""
-HARMLESS_VALUES = {"megatron_core": "megatron.core"}
-"""Values that peft itself writes."""
 
 
 def find_foreign_code_key(settings: dict[str, object]) -> str | None:
     """Return the first key of a model's config that brings code along; None if there is none."""
-    return next((key for key, value in _walk_items(settings) if _brings_code(key, value)), None)
+    return next((key for key, value in walk_items(settings) if brings_code(key, value)), None)
 
 
 def check_file_types(examination: Examination) -> Iterator[Finding]:
@@ -73,32 +75,29 @@ def check_settings(examination: Examination) -> Iterator[Finding]:
     for name, settings in examination.folder.json_files.items():
         if name == PUBLISHED_FILE or name.endswith(".index.json"):
             continue
-        for key, value in _walk_items(settings):
-            if _brings_code(key, value):
+        for key, value in walk_items(settings):
+            if brings_code(key, value):
                 what = f"{key} makes the loader run code that is not transformers' own"
                 yield defect("unsafe", what, name, f"Remove {key}")
-            elif key.endswith("_file") and isinstance(value, str) and leaves_folder(value):
+            elif names_outside_file(key, value):
                 what = f"{key} names a file outside the folder: {value}"
                 yield defect("unsafe", what, name, f"Remove {key}")
-        templates = _list_template_names(settings.get("chat_template"))
-        unsafe = [n for n in templates if "/" in n or "\\" in n or ".." in n]
-        if unsafe:
-            what = f"chat_template would be written to {unsafe[0]}"
+        template = find_outside_template(settings)
+        if template is not None:
+            what = f"chat_template would be written to {template}"
             yield defect("unsafe", what, name, "Rename it")
 
 
 def check_adapter_settings(examination: Examination) -> Iterator[Finding]:
-    """Report settings of peft that import a module or read a file."""
+    """Report settings that make peft import a module, or peft or timm read a file."""
     settings = examination.folder.adapter_config.settings
-    library = examination.folder.adapter_config.get_mapping("auto_mapping").get("parent_library")
-    if library is not None and str(library).split(".")[0] not in TRUSTED_LIBRARIES:
-        what = f"auto_mapping imports {library!r}"
-        fix = "Set auto_mapping to null, or to a class of transformers"
+    for key, what in list_imports(settings):
+        fix = f"Remove {key}"
+        if key == "auto_mapping":
+            fix = "Set auto_mapping to null, or to a class of transformers"
         yield defect("unsafe", what, ADAPTER_CONFIG, fix)
-    for key in IMPORTING_KEYS:
-        if settings.get(key) not in (None, {}, HARMLESS_VALUES.get(key)):
-            what = f"{key} makes peft import or pass on what it names"
-            yield defect("unsafe", what, ADAPTER_CONFIG, f"Remove {key}")
+    for key, what in list_timm_loads(examination.folder.model_config.settings):
+        yield defect("unsafe", what, MODEL_CONFIG, f"Remove {key}")
     tokenizer = settings.get("tokenizer_name_or_path")
     if isinstance(tokenizer, str) and leaves_folder(tokenizer):
         what = f"tokenizer_name_or_path is {tokenizer}"
@@ -108,39 +107,10 @@ def check_adapter_settings(examination: Examination) -> Iterator[Finding]:
 def check_shard_index(examination: Examination) -> Iterator[Finding]:
     """Report an index of weights that names a file outside the folder."""
     for name, index in examination.folder.json_files.items():
-        shards = SettingsFile(index).get_mapping("weight_map")
-        files = set(map(str, shards.values())) if name.endswith(".index.json") else set()
-        outside = sorted(file for file in files if "/" in file or "\\" in file)
-        if outside:
-            what = f"it names a file outside the folder: {outside[0]}"
+        outside = find_outside_shard(index) if name.endswith(".index.json") else None
+        if outside is not None:
+            what = f"it names a file outside the folder: {outside}"
             yield defect("unsafe", what, name, "Save the weights again")
-
-
-def _walk_items(value: object) -> Iterator[tuple[str, object]]:
-    """Yield every key with its value, however deep."""
-    stack = [value]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, dict):
-            yield from ((str(key), inner) for key, inner in item.items())
-            stack.extend(item.values())
-        elif isinstance(item, list):
-            stack.extend(item)
-
-
-def _brings_code(key: str, value: object) -> bool:
-    if key in CODE_KEYS or (key == "trust_remote_code" and value):
-        return value not in (None, {}, "")
-    # transformers fetches an attention kernel of that hub id.
-    return key in ("_attn_implementation", "attn_implementation") and "/" in str(value)
-
-
-def _list_template_names(templates: object) -> list[str]:
-    if isinstance(templates, dict):
-        return list(map(str, templates))
-    if isinstance(templates, list):
-        return [str(item.get("name", "")) for item in templates if isinstance(item, dict)]
-    return []
 
 
 def check_scaling(examination: Examination) -> Iterator[Finding]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hftl.errors import HftlError, RecipeError, RunFolderError, is_out_of_memory
 from hftl.measure.record import PUBLISHED_FILE
+from hftl.models.foreign_code import find_foreign_setting
 from hftl.models.source import describe_load_error, find_source, hash_source_weights
 from hftl.publish import reload_check
 from hftl.publish.base_reference import resolve_base
@@ -53,12 +54,14 @@ def find_published_folder(path: str | Path) -> Path:
 
     Raises:
         RecipeError: if nothing is there to load.
-        RunFolderError: if a run is not finished, or either was changed since.
+        RunFolderError: if a run is not finished, either was changed since, or its settings name
+            foreign code.
         HubError: if a hub id cannot be had.
     """
     folder = paths.resolve_published_path(str(path), "the model to load")
     if folder is None:
         folder = _download_model(str(path))
+        _refuse_foreign_settings(folder)
         _check_published_weights(folder)
         return folder
     folder = folder.resolve()
@@ -70,11 +73,24 @@ def find_published_folder(path: str | Path) -> Path:
         if not (folder / "publish" / PUBLISHED_FILE).exists():
             raise RunFolderError(f"{path} is not finished", "Run the same command again")
         finished_files.check_finished_files(folder)
+        _refuse_foreign_settings(folder / "publish")
         return folder / "publish"
     if not any((folder / name).exists() for name in (MODEL_CONFIG, ADAPTER_CONFIG)):
         raise RecipeError(f"{path} holds no run and no model", "Give a run or a published folder")
+    _refuse_foreign_settings(folder)
     _check_published_weights(folder)
     return folder
+
+
+def _refuse_foreign_settings(folder: Path) -> None:
+    """Refuse settings by which a library would run foreign code, or read a file elsewhere.
+
+    Raises:
+        RunFolderError: naming the file and the key.
+    """
+    why = find_foreign_setting(folder)
+    if why is not None:
+        raise build_loading_error(folder, why)
 
 
 def _check_published_weights(folder: Path) -> None:

@@ -65,7 +65,7 @@ def _load_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     with wrap_loading_errors(folder, CONFIG_ERRORS):
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def _infer_peft_config(folder: Path, base: Path) -> Any:

@@ -220,7 +220,7 @@ def _load_processor(auto_class: Any, folder: Path, **options: Any) -> Any:
     """
     try:
         with wrap_loading_errors(folder, (TypeError, LookupError, AttributeError, RuntimeError)):
-            return auto_class.from_pretrained(folder, **options)
+            return auto_class.from_pretrained(folder, trust_remote_code=False, **options)
     except (ImportError, OSError, ValueError) as error:
         # OSError for a file that is missing or no JSON, ValueError for an unknown class,
         # ImportError for a class that needs a package which is not installed.

@@ -291,9 +291,9 @@ def load_class(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, EOFError, UnpicklingError) as error:
-        # OSError for a file that is missing, ValueError for one of another kind; `torch.load`
-        # raises the others for a pickle.
+    except (OSError, ValueError, ImportError, EOFError, UnpicklingError) as error:
+        # OSError for a file that is missing, ValueError for one of another kind, ImportError for a
+        # package that its config asks for; `torch.load` raises the others for a pickle.
         raise RecipeError(
             f"source.model: {source.name} does not load: {describe_load_error(error)}",
             "Give a complete checkpoint of a supported architecture, in safetensors",

@@ -17,6 +17,7 @@ from hftl.models.architecture_spec import ArchitectureSpec
 from hftl.models.architectures import READ_AS, get_config_spec
 from hftl.models.config_limits import find_folder_fault
 from hftl.models.encoders import accepts_attention_mask, get_encoder_class
+from hftl.models.foreign_code import find_foreign_setting
 from hftl.models.image_architectures import IMAGE_HALVES
 from hftl.models.quantization import check_quantization
 from hftl.models.timm_architecture import (
@@ -125,6 +126,7 @@ def find_source(source: Source, on_hub: bool = False) -> SourceModel:
         where, fix = paths.explain_missing_path(source.model)
         raise RecipeError(f"source.model: the folder {source.model} {where}", fix)
     folder = path or _download_snapshot(source.model, source.revision, ["config.json"])
+    _refuse_foreign_settings(source.model, folder)
     why = find_folder_fault(folder)
     if why is not None:
         raise RecipeError(
@@ -157,10 +159,25 @@ def find_source(source: Source, on_hub: bool = False) -> SourceModel:
         folder = _download_snapshot(source.model, commit, [*CONFIG_PATTERNS, weights])
         if list(folder.glob(weights)):
             break
+    _refuse_foreign_settings(source.model, folder)
     public_id = source.published_as or source.model
     return SourceModel(
         source.model, folder, commit, public_id, False, config, kind, source.quantization
     )
+
+
+def _refuse_foreign_settings(name: str, folder: Path) -> None:
+    """Refuse settings that load foreign code or files, and an adapter, which transformers loads."""
+    why = find_foreign_setting(folder, may_link=name.startswith(paths.PACKAGE_PREFIX))
+    if why is not None:
+        raise RecipeError(
+            f"source.model: {name} is not loaded: {why}", "Remove it, or give another model"
+        )
+    if (folder / "adapter_config.json").exists():
+        raise RecipeError(
+            f"source.model: {name} holds an adapter (adapter_config.json), not a model alone",
+            "Give its base, or merge the adapter into it and save the whole model elsewhere",
+        )
 
 
 # Loading meets files of anybody's: the libraries check little, and each call fails in its own way.

@@ -142,7 +142,9 @@ def load_base(folder: Path, base: Path, config: Any = None, quantization: Any = 
         quantization: transformers' settings of it; None: the weights are whole.
     """
     pooled = (folder / "head.safetensors").exists()
-    config = AutoConfig.from_pretrained(folder) if config is None else config
+    config = (
+        AutoConfig.from_pretrained(folder, trust_remote_code=False) if config is None else config
+    )
     auto: Any = _find_encoder_class(config) if pooled else _find_auto_class(config)
     # The config says which class stands on the base, and its labels. An encoder alone has the
     # base's own, but where the base is of an architecture that hides patches.
@@ -179,7 +181,7 @@ def _find_encoder_class(config: Any) -> Any:
 
 
 def _has_type(folder: Path, model_type: str) -> bool:
-    return AutoConfig.from_pretrained(folder).model_type == model_type
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type == model_type
 
 
 def _names_image_half(config: Any) -> bool:
@@ -242,10 +244,12 @@ def build_sample_batches(folder: Path, sample: Path, alone: bool) -> list[Batch]
     if "images" in content:
         from PIL import Image
 
-        processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+        processor = AutoImageProcessor.from_pretrained(
+            folder, backend="pil", trust_remote_code=False
+        )
         images = [Image.open(sample.parent / name) for name in content["images"]]
         return [({**processor(images, return_tensors="pt"), **content["arguments"]}, None)]
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     cut = {"truncation": True, "max_length": content["max_length"], "return_tensors": "pt"}
     cut["padding"] = not alone
     rows = content["texts" if "texts" in content else "words"]
@@ -274,13 +278,13 @@ def _build_prompted_batches(folder: Path, sample: Path, content: dict[str, Any])
 
     images = [Image.open(sample.parent / name) for name in content["images"]]
     if "token_ids" not in content:
-        processor = AutoProcessor.from_pretrained(folder, backend="pil")
+        processor = AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
         return [
             (dict(processor(text=[text], images=[image], return_tensors="pt")), None)
             for text, image in zip(content["prompts"], images, strict=True)
         ]
-    config = AutoConfig.from_pretrained(folder)
-    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
     batches: list[Batch] = []
     for row, image in zip(content["token_ids"], images, strict=True):
         ids = torch.tensor([row])
