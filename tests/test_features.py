@@ -6,15 +6,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import bench_of
 from support.tiny import tiny_config
 from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 
 from hftl.config.data import Data, Table
 from hftl.config.finetune import Finetune
+from hftl.config.recipe import Recipe
 from hftl.config.section import Source
 from hftl.data.image_inputs import ImageInputs
 from hftl.data.rows import Row
 from hftl.data.text_inputs import TextInputs
+from hftl.finetune import context as context_module
 from hftl.finetune.trainable import apply_strategy
 from hftl.models import features
 from hftl.models.features import (
@@ -102,6 +105,32 @@ def test_each_row_is_computed_once() -> None:
     assert cache.get(rows).tolist() == [[1.0], [2.0], [3.0]]
     assert cache.get([rows[2], rows[0]]).tolist() == [[3.0], [1.0]]
     assert batch_sizes == [2, 1]
+
+
+def test_features_of_a_seed_do_not_depend_on_which_seed_was_first(
+    recipe_tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was stopped knows the features of no seed that is finished."""
+    recipe = Recipe.parse(recipe_tree | {"data": recipe_tree["data"] | {"shots": 4}})
+    passes: list[list[bytes]] = []
+
+    def watch(model: Any, last: Any, encoded: Any, *rest: Any) -> Any:
+        passes.append([bytes(row["input_ids"]) for row in encoded])
+        return compute_frozen_features(model, last, encoded, *rest)
+
+    monkeypatch.setattr(context_module, "compute_frozen_features", watch)
+    seen = []
+    for seeds in ((0, 1), (1,)):
+        context = bench_of(recipe)
+        context.seeds = (0, 1)
+        passes.clear()
+        for seed in seeds:
+            rows = context.select_train_rows(seed)
+            features = context.extract_features("mean", seed, rows)
+        context.extract_features("mean", 1, context.prepared.rows["validation"])
+        seen.append((passes[:], features))
+    assert seen[0][0] == seen[1][0] and len(seen[0][0]) == 2
+    assert len(seen[0][0][0]) > len(rows) and np.array_equal(seen[0][1], seen[1][1])
 
 
 def test_model_may_train_after_a_forward_pass_of_another() -> None:

@@ -78,6 +78,7 @@ class ExperimentContext:
     _encoded: dict[bytes, EncodedRow] = field(default_factory=dict)
     _features: dict[tuple[str, int | None], FeatureCache] = field(default_factory=dict)
     _probes: dict[tuple[str, int, str], Probe] = field(default_factory=dict)
+    _drawn: dict[tuple[int, ...], dict[bytes, Row]] = field(default_factory=dict, init=False)
 
     @property
     def public_base(self) -> SourceModel:
@@ -255,13 +256,29 @@ class ExperimentContext:
         """Return the inputs of the head's last layer before training, (outputs of the rows, width).
 
         Where weights below the last layer are new they differ by seed, and so do the features.
+        Else the rows that any of the run's seeds draws run in one pass: the last bits of a row's
+        features depend on the rows that ran with it, and a run that was stopped knows those of no
+        seed that is finished.
         """
         known = self._features.get((pooling, None)) or self._features.get((pooling, seed))
         if known is None:
             built = self.build_model(pooling, seed)
             known = FeatureCache(partial(self._compute_features, built))
             self._features[pooling, None if built.features_are_shared else seed] = known
+        if known is self._features.get((pooling, None)):
+            drawn = self._list_drawn_rows()
+            if any(hash_row(row) in drawn for row in rows):
+                known.fill(drawn)
         return known.get(rows)
+
+    def _list_drawn_rows(self) -> dict[bytes, Row]:
+        """Return the rows that the run's seeds draw, by their hashes; none where all take all."""
+        if self.shots is None:
+            return {}
+        if self.seeds not in self._drawn:
+            rows = [row for seed in self.seeds for row in self.select_train_rows(seed)]
+            self._drawn[self.seeds] = {hash_row(row): row for row in rows}
+        return self._drawn[self.seeds]
 
     def dump_features(self) -> FrozenFeatures:
         """Return all features that are known by now, for another process to take over."""

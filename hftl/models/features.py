@@ -161,9 +161,13 @@ class FeatureCache:
 
     def get(self, rows: list[Row]) -> np.ndarray:
         """Return (outputs of all rows, width) float32, row after row."""
-        keys = [hash_row(row) for row in rows]
-        new = {key: row for key, row in zip(keys, rows, strict=True) if key not in self.known}
+        keyed = [(hash_row(row), row) for row in rows]
+        self.fill(dict(keyed))
+        return np.concatenate([self.known[key] for key, _ in keyed])
+
+    def fill(self, rows: Mapping[bytes, Row]) -> None:
+        """Compute the features of rows that are not known, by their hashes, in one pass."""
+        new = {key: row for key, row in rows.items() if key not in self.known}
         if new:
             features = self._compute(list(new.values()))
             self.known.update(zip(new, features, strict=True))
-        return np.concatenate([self.known[key] for key in keys])
