@@ -2,16 +2,22 @@
 
 import base64
 import json
+import os
 import shutil
 import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
 import pytest
+import yaml
 from support.local_hub import LocalHub
 from support.publishing import ME, Pusher, finish_run
+
+from hftl.runtime.hardware import count_cores
 
 pytestmark = pytest.mark.usefixtures("fast_reload")
 
@@ -128,3 +134,49 @@ def test_failure_prints_and_logs_no_secret(
     assert code == 5 and "Traceback" in err
     log = (run / "log.txt").read_bytes() + (run / "error.json").read_bytes()
     assert find_texts((out + err).encode() + log, TOKENS) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(count_cores() < 2, reason="arms are dealt to as many processes as cores")
+def test_no_process_of_a_run_has_a_secret_in_its_title(
+    planted: tuple[Path, dict[str, str]], tmp_path: Path
+) -> None:
+    """Look at arms in two processes, the reload check and data workers while they run."""
+    tree = yaml.safe_load((planted[0] / "recipe.yaml").read_text(encoding="utf-8"))
+    tree["measure"] = {"seeds": [0], "arms": ["scratch", "head"], "parallel": "arms"}
+    tree["finetune"]["training"]["dataloader_num_workers"] = 1
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    words = ["-m", "hftl", "run", "recipe.yaml", "--output", "run"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    titles: set[bytes] = set()
+    with subprocess.Popen(
+        [sys.executable, *words], cwd=tmp_path, env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    ) as process:  # fmt: skip
+        while process.poll() is None:
+            titles |= {read_title(pid) for pid in list_descendants(process.pid)}
+            time.sleep(0.02)
+        assert process.stdout is not None
+        screen = process.stdout.read()
+    assert process.returncode == 0, screen.decode()
+    shown = b"\n".join(titles)
+    assert b"arm_worker" in shown and b"reload_check.py" in shown
+    assert find_texts(shown + screen, TOKENS) == []
+    assert_clean(tmp_path / "run", TOKENS)
+
+
+def list_descendants(pid: int) -> list[int]:
+    """Return a process and all below it that still run."""
+    try:
+        files = list(Path(f"/proc/{pid}/task").glob("*/children"))
+        children = [int(child) for file in files for child in file.read_text().split()]
+    except OSError:
+        return []
+    return [pid, *(one for child in children for one in list_descendants(child))]
+
+
+def read_title(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
