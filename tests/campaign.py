@@ -37,6 +37,7 @@ from support.campaign_runs import (
     compare,
     end_with,
     hash_results,
+    import_modules,
     launch,
     start,
     wait,
@@ -64,9 +65,10 @@ class Schedule:
         self._deadline = time.monotonic() + 60 * minutes
 
     def list_missing(self, kind: str, recipe: str, count: int) -> list[int]:
-        """Return the numbers of the trials that the log lacks."""
+        """Return the numbers of the trials that the log lacks, spread over the run as they come."""
+        mixed = self.draw("order", count).sample(range(count), count)
         return [
-            number for number in range(count)
+            number for number in mixed
             if not self.log.has(kind, (recipe, self.seed, number, count))
         ]  # fmt: skip
 
@@ -103,11 +105,11 @@ class Campaign:
 
     def __init__(self, recipe: Path, folder: Path, schedule: Schedule) -> None:
         self.recipe, self.folder, self.schedule = recipe, folder, schedule
-        straight = folder / f"{recipe.stem}-straight"
-        begun = time.monotonic()
-        code = wait(start(recipe, straight))
+        straight, imported = folder / f"{recipe.stem}-straight", folder / "imported.txt"
+        code = wait(start(recipe, straight, imported=imported))
         assert code == 0, straight.with_suffix(".txt").read_text()
-        self.seconds = time.monotonic() - begun
+        import_modules(imported.read_text(encoding="utf-8").splitlines())
+        self.seconds = self._time_run()
         self.expected = hash_results(straight)
         print(f"{recipe.stem}: a run takes {self.seconds:.1f} s", flush=True)
 
@@ -118,6 +120,12 @@ class Campaign:
         trials = {"kills": self._kill, "signals": self._stop, "faults": self._cut_write,
                   "races": self._race}  # fmt: skip
         self.schedule.run(kind, self.recipe.stem, count, lambda number: trials[kind](number, count))
+
+    def _time_run(self) -> float:
+        """Return the seconds of a run that imports nothing, as those that follow."""
+        begun = time.monotonic()
+        assert wait(start(self.recipe, self._open_trial())) == 0
+        return time.monotonic() - begun
 
     def _open_trial(self) -> Path:
         """Return an empty folder's place."""
@@ -149,10 +157,18 @@ class Campaign:
         moment = self._draw_moment("kills", number, count)
         place, kills = self._open_trial(), 1 + 2 * (number % 5 == 4)
         for _ in range(kills):
-            pid = start(self.recipe, place)
-            wait(pid, moment / kills)
-            end_with(pid, signal.SIGKILL)
+            while not self._kill_at(place, moment / kills):
+                # It had ended: nothing was killed.
+                place, moment = self._open_trial(), 0.9 * moment
         return f"{moment:.2f} s x {kills}", self._finish(place, number)
+
+    def _kill_at(self, place: Path, seconds: float) -> bool:
+        """Kill a run after so many seconds; return whether it still ran."""
+        pid = start(self.recipe, place)
+        ended = wait(pid, seconds) is not None
+        if not ended:
+            end_with(pid, signal.SIGKILL)
+        return not ended
 
     def _stop(self, number: int, count: int) -> tuple[str, str]:
         """Send SIGTERM, SIGINT, and the notice SIGUSR1 by turns."""

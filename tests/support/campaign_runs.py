@@ -6,12 +6,14 @@ started by torchrun, which starts this file.
 # ruff: noqa: E402
 
 import hashlib
+import importlib
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +27,7 @@ from support.fresh_process import child
 from support.tiny import save_tiny
 
 from hftl import cli
+from hftl.adapt import adaptation
 from hftl.measure.record import Record
 from hftl.pipeline import pipeline
 from hftl.publish import reload_process
@@ -40,9 +43,9 @@ FINAL_FILES = ("weights.safetensors", "predictions.parquet", "head.safetensors")
 
 def write_recipes(folder: Path) -> dict[str, Path]:
     """Write recipes that use everything that trains, on text and on pictures."""
-    train = write_csv(folder / "train.csv", ["text", "label"], sentences(90))
-    general = write_csv(folder / "general.csv", ["text", "label"], sentences(60, 7))
-    photos = pictures(folder / "photos", 25)
+    train = write_csv(folder / "train.csv", ["text", "label"], sentences(56))
+    general = write_csv(folder / "general.csv", ["text", "label"], sentences(30, 7))
+    photos = pictures(folder / "photos", 15)
     training = {"num_train_epochs": 2, "learning_rate": 1e-3, "bf16": False,
                 "per_device_train_batch_size": 8}  # fmt: skip
     scratch = {"learning_rates": [1e-3, 3e-3], "epochs_factor": 1}
@@ -94,14 +97,25 @@ def run_command(recipe: Path, folder: Path, prepare: Callable[[], None]) -> None
     """Run the command line, and end this process as it ends."""
     reload_process.subprocess = SimpleNamespace(run=reload_in_fork)  # pyright: ignore
     reload_process.WaitingReload = lambda: None  # pyright: ignore
-    step_checkpoint.MIN_SECONDS, step_checkpoint.COST_SHARE = 0.0, 0.3
+    step_checkpoint.MIN_SECONDS, step_checkpoint.COST_SHARE = 0.0, 0.5
+    adaptation.HEAD_MAX_STEPS, adaptation.HEAD_EVAL_STEPS = 24, 8
     prepare()
     sys.argv = ["hftl", "run", str(recipe), "--output", str(folder)]
     cli.main()
 
 
-def start(recipe: Path, folder: Path, prepare: Callable[[], None] = lambda: None) -> int:
-    """Start a run in a fork; return its process id."""
+def start(
+    recipe: Path, folder: Path, prepare: Callable[[], None] = lambda: None,
+    imported: Path | None = None,
+) -> int:  # fmt: skip
+    """Start a run in a fork; return its process id.
+
+    Args:
+        recipe: of the run.
+        folder: of the run.
+        prepare: is called in the fork.
+        imported: gets the names of the modules that the run has imported.
+    """
     pid = os.fork()
     if pid:
         return pid
@@ -116,7 +130,17 @@ def start(recipe: Path, folder: Path, prepare: Callable[[], None] = lambda: None
         code = stop.code if isinstance(stop.code, int) else 1
     finally:
         sys.stdout.flush()
+        if imported is not None:
+            imported.write_text("\n".join(sys.modules), encoding="utf-8")
         os._exit(code)
+
+
+def import_modules(names: list[str]) -> None:
+    """Import what a run has imported, so that the forks that follow need not."""
+    for name in names:
+        if name not in sys.modules:
+            with suppress(ImportError):  # such as __main__ of another, or an optional package
+                importlib.import_module(name)
 
 
 def wait(pid: int, seconds: float | None = None) -> int | None:
