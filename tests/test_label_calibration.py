@@ -135,6 +135,9 @@ def test_curves_bring_the_scores_back(rows: int) -> None:
     probabilities = compute_probabilities(test[0], list(section.labels.values()))
     expected = [brier_score_loss(y, p) for y, p in zip(test[1].T, probabilities.T, strict=True)]
     assert section.after.brier.value == pytest.approx(np.mean(expected))
+    assert section.change is not None and section.change.ci95 is not None
+    change = section.after.brier.value - section.before.brier.value
+    assert section.change.value == pytest.approx(change) and section.change.ci95[1] < 0
 
 
 def test_the_card_says_how_labels_are_calibrated() -> None:

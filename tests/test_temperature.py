@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import sentences, write_csv
 from scipy.special import log_softmax, softmax
+from scipy.stats import ttest_1samp
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import brier_score_loss
@@ -141,8 +142,20 @@ def test_brier_is_that_of_scikit_learn(classes: int) -> None:
 
 def test_a_temperature_brings_overconfident_scores_back() -> None:
     rng = np.random.default_rng(4)
-    section = measure_calibration(draw(rng, 2000, 4.0), draw(rng, 2000, 4.0), np.arange(2000))
-    assert section.bins == 15 and section.after is not None
+    validation, (logits, labels) = draw(rng, 2000, 4.0), draw(rng, 2000, 4.0)
+    section = measure_calibration(validation, (logits, labels), np.arange(2000))
+    assert section.temperature is not None and section.after is not None and section.change
+    before, after = (
+        np.sum((softmax(logits / t, axis=1) - np.eye(3)[labels]) ** 2, axis=1)
+        for t in (1.0, section.temperature)
+    )
+    paired = ttest_1samp(after - before, 0).confidence_interval()
+    assert section.change.value == pytest.approx((after - before).mean())
+    assert section.change.value == pytest.approx(
+        section.after.brier.value - section.before.brier.value
+    )
+    assert section.change.ci95 == pytest.approx((paired.low, paired.high), rel=0.02)
+    assert section.bins == 15
     assert section.before.ece.value > 0.1 and section.after.ece.value < 0.03
     assert section.after.brier.value < section.before.brier.value
     for scores in (section.before, section.after):

@@ -176,21 +176,42 @@ def test_near_copies_do_not_bound_a_gain_that_is_no_share_of_rows() -> None:
     assert verdict.decision == "publish" and "is not known" in " / ".join(verdict.reasons)
 
 
-def calibrate(before: float, after: float) -> CalibrationSection:
-    def score(value: float) -> dict[str, Any]:
-        estimate = {"value": value, "ci95": (value - 0.02, value + 0.02)}
+def calibrate(change: tuple[float, float] | None) -> CalibrationSection:
+    """Return a calibration whose Brier score changes by the middle of an interval."""
+
+    def score(value: float, reach: float = 0.02) -> dict[str, Any]:
+        estimate = {"value": value, "ci95": (value - reach, value + reach)}
         return {"ece": estimate, "brier": estimate}
 
+    middle = 0.0 if change is None else sum(change) / 2
     return CalibrationSection.model_validate(
-        {"temperature": 2.0, "bins": 5, "before": score(before), "after": score(after)}
-    )
+        {"temperature": 2.0, "bins": 5, "before": score(0.3), "after": score(0.3 + middle),
+         "change": {"value": middle, "ci95": change}}
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize(("after", "holds"), [(0.25, False), (0.33, False), (0.35, True)])
-def test_calibration_that_is_worse_beyond_noise_holds(after: float, holds: bool) -> None:
-    verdict = decide_verdict(full("positive"), None, 0.0, calibration=calibrate(0.3, after))
+@pytest.mark.parametrize(
+    ("change", "holds"),
+    [
+        ((-0.09, -0.01), False),
+        ((-0.01, 0.03), False),
+        ((0.001, 0.009), False),
+        ((0.009, 0.03), False),
+        ((0.011, 0.03), True),
+        (None, False),
+    ],
+)
+def test_calibration_that_is_worse_beyond_noise_and_margin_holds(
+    change: tuple[float, float] | None, holds: bool
+) -> None:
+    verdict = decide_verdict(full("positive"), None, 0.0, calibration=calibrate(change))
     assert (verdict.decision == "hold") == holds
     assert ("calibration made probabilities worse" in " / ".join(verdict.reasons)) == holds
+
+
+def test_a_record_without_the_change_of_the_calibration_says_nothing_of_it() -> None:
+    older = calibrate((0.03, 0.05)).model_copy(update={"change": None})
+    assert decide_verdict(full("positive"), None, 0.0, calibration=older).decision == "publish"
 
 
 @pytest.mark.parametrize("case", ["positive", "negative", "undetermined", "no baseline"])

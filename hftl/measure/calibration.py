@@ -72,9 +72,14 @@ def compute_ece(probabilities: np.ndarray, labels: np.ndarray, bins: int) -> flo
 def compute_brier(probabilities: np.ndarray, labels: np.ndarray) -> float:
     """Return the mean squared distance between probabilities and labels, summed over classes; from
     0 to 2 (Brier 1950, Monthly Weather Review 78:1-3)."""
+    return float(compute_row_brier(probabilities, labels).mean())
+
+
+def compute_row_brier(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return the squared distance of each row, (rows,); see `compute_brier`."""
     errors = probabilities.copy()
     errors[np.arange(len(labels)), labels] -= 1
-    return float(np.mean(np.sum(errors**2, axis=1)))
+    return np.sum(errors**2, axis=1)
 
 
 def choose_bins(rows: int) -> int:
@@ -96,6 +101,14 @@ def measure_calibration(
     temperature = fit_temperature(*validation, PRIOR_SPREAD)
     logits, labels = test[0].astype(np.float64), test[1]
     bins = choose_bins(len(labels))
+    after = change = None
+    if temperature is not None:
+        after = _score(logits / temperature, labels, units, bins)
+        old, new = (
+            compute_row_brier(softmax(logits / divisor, axis=1), labels)
+            for divisor in (1.0, temperature)
+        )
+        change = estimate_change(new - old, units)
     confusion = np.zeros((logits.shape[1],) * 2, dtype=np.int64)
     np.add.at(confusion, (validation[1], validation[0].argmax(1)), 1)
     return CalibrationSection(
@@ -103,7 +116,8 @@ def measure_calibration(
         likeliest=fit_temperature(*validation),
         bins=bins,
         before=_score(logits, labels, units, bins),
-        after=None if temperature is None else _score(logits / temperature, labels, units, bins),
+        after=after,
+        change=change,
         confusion=[[int(count) for count in row] for row in confusion],
     )
 
@@ -124,10 +138,22 @@ def _score(
     )
 
 
+def estimate_change(differences: np.ndarray, units: np.ndarray) -> ScoreEstimate:
+    """Return the mean of the rows' differences, after minus before, with its interval over items.
+
+    Test has no part in what validation gave, so that the differences are those of one fixed change.
+
+    Args:
+        differences: (rows,) of squared errors.
+        units: (rows,) int ids of rows that belong together.
+    """
+    return estimate_over_rows(lambda rows: float(differences[rows].mean()), units, 2.0, -2.0)
+
+
 def estimate_over_rows(
-    statistic: Callable[[np.ndarray], float], units: np.ndarray, most: float
+    statistic: Callable[[np.ndarray], float], units: np.ndarray, most: float, least: float = 0.0
 ) -> ScoreEstimate:
-    """Return a statistic of the rows with its interval over items, between 0 and `most`."""
+    """Return a statistic of the rows with its interval over items, between `least` and `most`."""
     value = statistic(np.arange(len(units)))
     if len(np.unique(units)) < 2:
         return ScoreEstimate(value=value, ci95=None)
@@ -135,4 +161,4 @@ def estimate_over_rows(
     if error is None:
         return ScoreEstimate(value=value, ci95=None)
     low, high = error.interval(value)
-    return ScoreEstimate(value=value, ci95=(max(low, 0.0), min(high, most)))
+    return ScoreEstimate(value=value, ci95=(max(low, least), min(high, most)))

@@ -112,6 +112,9 @@ class CalibrationSection(RecordPart):
     before: CalibrationScores
     after: CalibrationScores | None
     """With the temperature, or the curves of the labels; None where there is neither."""
+    change: ScoreEstimate | None = None
+    """Of the Brier score by them, above 0 where they make it worse, with the interval of the mean
+    difference of each row; null where there is neither, and in older records."""
     confusion: list[list[int]] | None = None
     """Rows of validation by their class and by the predicted one: what shares are estimated by."""
 

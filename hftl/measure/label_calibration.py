@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from scipy.special import expit, logit
 
-from hftl.measure.calibration import choose_bins, estimate_over_rows
+from hftl.measure.calibration import choose_bins, estimate_change, estimate_over_rows
 from hftl.measure.facts import CalibrationScores, CalibrationSection, LabelCurve
 
 MIN_SIDE_ROWS = 5
@@ -140,17 +140,21 @@ def measure_label_calibration(
     curves = fit_label_curves(*validation)
     logits, labels = test
     bins = choose_bins(len(labels))
-    before = _score(compute_probabilities(logits, [LabelCurve(method="none")] * len(curves)),
-                    labels, units, bins)  # fmt: skip
-    after = None
+    plain = compute_probabilities(logits, [LabelCurve(method="none")] * len(curves))
+    before = _score(plain, labels, units, bins)
+    after = change = None
     if any(curve.method != "none" for curve in curves):
-        after = _score(compute_probabilities(logits, curves), labels, units, bins)
+        calibrated = compute_probabilities(logits, curves)
+        after = _score(calibrated, labels, units, bins)
+        old, new = (((p - labels) ** 2).mean(1) for p in (plain, calibrated))
+        change = estimate_change(new - old, units)
     return CalibrationSection(
         temperature=None,
         labels=dict(zip(names, curves, strict=True)),
         bins=bins,
         before=before,
         after=after,
+        change=change,
     )
 
 
