@@ -1,5 +1,6 @@
 """Forecast from the features of a task: regressions, intervals, reach, and the model that ships."""
 
+import json
 import math
 import sys
 from dataclasses import replace
@@ -227,6 +228,7 @@ def test_the_model_that_ships_is_that_of_the_kept_runs() -> None:
         ours, theirs = (forecast_scores(run.features, m).strategies for m in (fitted, shipped))
         assert [row.strategy for row in ours] == [row.strategy for row in theirs]
         assert [row.score_pi90 for row in ours] == [pytest.approx(r.score_pi90) for r in theirs]
+        assert [row.gain_pi90 for row in ours] == [pytest.approx(r.gain_pi90) for r in theirs]
         assert (explain_no_forecast(run.features, shipped) is None) == (
             run.features.train_rows >= fitting.MIN_ROWS
         )
@@ -235,3 +237,24 @@ def test_the_model_that_ships_is_that_of_the_kept_runs() -> None:
     assert shipped.judged == sum(run.features.train_rows >= fitting.MIN_ROWS for run in runs)
     assert shipped.training == forecast_runs.TRAINING
     assert to_json(shipped.to_dict()) == fitting.MODEL.read_text(encoding="utf-8")
+
+
+def test_the_stored_figures_are_as_good_as_they_are_said_to_be() -> None:
+    stored = json.loads((fitting.RESULTS / "forecast.json").read_text("utf-8"))
+    shipped = load_forecast_model()
+    assert stored["runs"] == shipped.judged >= 40 and stored["coverage"] == shipped.coverage
+    assert 0.8 <= stored["coverage"] <= 0.97 and 0.8 <= stored["gain_coverage"] <= 0.97
+    choices = stored["choices"]
+    assert choices["forecast"]["within_point"] == shipped.within_point >= 0.8
+    assert all(choices["forecast"]["mean_gap"] <= one["mean_gap"] for one in choices.values())
+
+
+def test_the_stored_figures_are_those_of_the_kept_runs() -> None:
+    stored = json.loads((fitting.RESULTS / "forecast.json").read_text("utf-8"))
+    records, _ = fitting.read_records(fitting.RESULTS)
+    runs = [*fitting.read_cheap_runs(fitting.RESULTS / "forecast_runs.json"), *records]
+    summary = fitting.summarize(fitting.leave_out_data_sets(runs))
+    for key in ("runs", "scores", "coverage", "gain_coverage", "half_width"):
+        assert summary[key] == pytest.approx(stored[key]), key
+    for name, choice in summary["choices"].items():
+        assert choice == pytest.approx(stored["choices"][name]), name
