@@ -2,6 +2,7 @@
 
     python benchmarks/false_alarms.py             # five minutes on one core
     python benchmarks/false_alarms.py slices      # one part; the others stay as they were
+    python benchmarks/false_alarms.py negative_transfer --runs 2000    # its level is nearly used up
 
 Every part draws runs in which nothing is wrong and judges them by the functions that a run uses.
 `calibration.py` counts negative transfer, too, in more runs, whose epochs are chosen.
@@ -16,6 +17,8 @@ Every part draws runs in which nothing is wrong and judges them by the functions
   row for itself or in groups of one class.
 - `predicted_shift`: the same of unlabelled inputs, by what a probe predicts, where train's rows are
   each for itself or in groups of one class.
+- `calibration`: a temperature makes the Brier score worse by the margin, or is fitted on few rows
+  of logits that need none, and the verdict says that calibration made probabilities worse.
 - `label_map`: labels are said to be exchanged, where predictions are random or mostly right.
 
 Results: benchmarks/results/false_alarms.json.
@@ -31,7 +34,8 @@ from typing import Any
 
 import numpy as np
 from calibration import compute_row_gain
-from scipy.special import expit, ndtri
+from scipy.optimize import brentq
+from scipy.special import expit, ndtri, softmax
 from simulations import Part, run_parts
 
 from hftl.analysis import label_faults, row_faults
@@ -41,12 +45,19 @@ from hftl.config.data import Data, Table
 from hftl.data.rows import Row
 from hftl.data.slices import RowSlice, SlicedColumn
 from hftl.finetune.strategies import GAIN_BASELINES
+from hftl.measure.calibration import (
+    PRIOR_SPREAD,
+    compute_row_brier,
+    estimate_change,
+    fit_temperature,
+)
+from hftl.measure.facts import CalibrationScores, CalibrationSection, ScoreEstimate
 from hftl.measure.gain import MARGIN, SplitPredictions, select_lesser_gain
 from hftl.measure.metrics import find_metric
 from hftl.measure.record import Gain
 from hftl.measure.slices import LEVEL as SLICE_LEVEL
 from hftl.measure.slices import measure_slices
-from hftl.measure.verdict import decide_verdict
+from hftl.measure.verdict import CALIBRATION_MARGIN, decide_verdict
 
 RESULT = Path(__file__).parent / "results" / "false_alarms.json"
 RUNS = 200
@@ -343,6 +354,72 @@ def has_exchanged_labels(
     return find_exchange(predicted, written, names, None) is not None
 
 
+def judge_calibration(runs: int) -> list[dict[str, Any]]:
+    """Count the runs whose verdict says that calibration made probabilities worse."""
+    results = []
+    for classes, rows, validation in itertools.product((2, 5), (400, 2000), (None, 40, 400)):
+        rng = np.random.default_rng([classes, rows, validation or 0])
+        given = None if validation else find_temperature(rng, classes, CALIBRATION_MARGIN)
+        alarms = sum(
+            has_worse_calibration(rng, classes, rows, validation, given) for _ in range(runs)
+        )
+        setting = {"classes": classes, "rows": rows, "validation_rows": validation}
+        results.append(setting | {"runs": runs, "alarms": alarms})
+    return results
+
+
+def draw_logits(rng: np.random.Generator, rows: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw logits (rows, classes), and labels of the probabilities that they say."""
+    logits = rng.normal(0, 2, (rows, classes))
+    labels = (rng.random((rows, 1)) > softmax(logits, axis=1).cumsum(1)).sum(1)
+    return logits, labels.clip(max=classes - 1)
+
+
+def find_temperature(rng: np.random.Generator, classes: int, worse: float) -> float:
+    """Return the temperature above 1 that makes the Brier score of all rows worse by so much."""
+    logits, _ = draw_logits(rng, 100_000, classes)
+    true = softmax(logits, axis=1)
+
+    def miss(temperature: float) -> float:
+        # By as much as the squared distance from the true probabilities.
+        return float(((softmax(logits / temperature, axis=1) - true) ** 2).sum(1).mean()) - worse
+
+    root: Any = brentq(miss, 1.0, 20.0)
+    return float(root)
+
+
+def has_worse_calibration(
+    rng: np.random.Generator, classes: int, rows: int, validation: int | None,
+    given: float | None = None,
+) -> bool:  # fmt: skip
+    """Return whether the verdict on a drawn run says that calibration made probabilities worse.
+
+    Args:
+        rng: of the draws.
+        classes: of the task.
+        rows: of test.
+        validation: rows that the temperature is fitted on; None: it is `given`.
+        given: a temperature.
+    """
+    logits, labels = draw_logits(rng, rows, classes)
+    temperature = given
+    if validation is not None:
+        temperature = fit_temperature(*draw_logits(rng, validation, classes), PRIOR_SPREAD)
+    squares = [
+        compute_row_brier(softmax(logits / t, axis=1), labels) for t in (1.0, temperature or 1.0)
+    ]
+    before, after = (
+        CalibrationScores(ece=score, brier=score)
+        for score in (ScoreEstimate(value=float(s.mean()), ci95=None) for s in squares)
+    )
+    section = CalibrationSection(
+        temperature=temperature, bins=1, before=before, after=after,
+        change=estimate_change(squares[1] - squares[0], np.arange(rows)),
+    )  # fmt: skip
+    reasons = decide_verdict(None, None, 0.0, calibration=section).reasons
+    return any(reason.startswith("calibration made") for reason in reasons)
+
+
 PARTS: dict[str, Part] = {
     "negative_transfer": judge_negative_transfer,
     "head_better": judge_head_better,
@@ -351,18 +428,20 @@ PARTS: dict[str, Part] = {
     "slices": judge_slices,
     "label_shift": judge_label_shift,
     "predicted_shift": judge_predicted_shift,
+    "calibration": judge_calibration,
     "label_map": judge_label_maps,
 }
 WORDS = {
     "negative_transfer": "negative transfer", "head_better": "head is better",
     "adaptation_harm": "adaptation did harm", "equivalent": "practically no gain",
     "slices": "a slice loses", "label_shift": "label shift of a table",
-    "predicted_shift": "label shift of unlabelled inputs", "label_map": "exchanged labels",
+    "predicted_shift": "label shift of unlabelled inputs",
+    "calibration": "calibration made it worse", "label_map": "exchanged labels",
 }  # fmt: skip
 LEVELS = {
     "negative_transfer": 0.05, "head_better": 0.025, "adaptation_harm": 0.025,
     "equivalent": 0.025, "slices": SLICE_LEVEL, "label_shift": row_faults.LEVEL,
-    "predicted_shift": label_faults.LEVEL, "label_map": HALF_LEVEL,
+    "predicted_shift": label_faults.LEVEL, "calibration": 0.025, "label_map": HALF_LEVEL,
 }  # fmt: skip
 """The share of runs without a fault that a test may call faulty, at most."""
 

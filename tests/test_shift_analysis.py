@@ -147,13 +147,15 @@ def test_other_shares_are_no_other_inputs(tiny_model: Any, tmp_path: Path) -> No
     assert positive.estimated is not None and positive.estimated.ci95 is not None
     low, high = positive.estimated.ci95
     assert low <= 0.8 <= high and high - low < 0.2 and positive.labelled is None
-    assert positive.bbse is not None and low <= positive.bbse <= high
-    assert positive.rlls is not None and low <= positive.rlls <= high
+    bbse, rlls = (positive.bbse, positive.bbse_ci95), (positive.rlls, positive.rlls_ci95)
+    for share, interval in (bbse, rlls):
+        assert share is not None and low <= share <= high
+        assert interval is not None and interval[0] <= 0.8 <= interval[1]
     assert sum(row.rlls or 0 for row in unlabeled.shares) == pytest.approx(1)
     assert all(row.labelled is not None for row in test.shares)
     shown = format_shift(facts)
     assert "hftl predict --prior auto" in shown
-    assert f"{positive.bbse:.3f}" in shown and f"{positive.rlls:.3f}" in shown
+    assert f"{positive.bbse:.3f} [" in shown and f"{positive.rlls:.3f} [" in shown
     assert "other shares" in describe_shift(facts) and "within noise" in describe_shift(facts)
     plot_shift(facts, tmp_path / "shift.png")
     assert (tmp_path / "shift.png").stat().st_size > 5000

@@ -309,8 +309,11 @@ class ClassShare(RecordPart):
     """By EM. Null where the probe confuses classes so much that their shares are not determined."""
     bbse: float | None = None
     """By black-box shift estimation, from predicted classes alone; null as above."""
+    bbse_ci95: Interval | None = None
+    """The 95 % interval; null in older analyses, too."""
     rlls: float | None = None
     """The same, with weights drawn towards those of train."""
+    rlls_ci95: Interval | None = None
     labelled: float | None
 
 

@@ -21,6 +21,7 @@ from hftl.analysis.domains import (
 from hftl.analysis.facts import (
     ClassShare,
     Estimate,
+    Interval,
     SetShift,
     ShiftAnalysis,
     ShiftOutcome,
@@ -39,6 +40,7 @@ from hftl.measure.shift import (
     MIN_SINGULAR_VALUE,
     ShareEstimate,
     estimate_bbse,
+    estimate_by_counts,
     estimate_rlls,
     estimate_shares,
     measure_separability,
@@ -187,12 +189,10 @@ def _compare_classes(
     probabilities = classes.predict(other.features)
     predicted = np.bincount(probabilities.argmax(1), minlength=len(classes.names))
     estimate = classes.estimate(probabilities)
-    by_counts: tuple[np.ndarray, np.ndarray] | None = None
+    bbse = rlls = None
     if estimate is not None:
-        by_counts = (
-            estimate_bbse(classes.confusion, predicted),
-            estimate_rlls(classes.confusion, predicted),
-        )
+        bbse = estimate_by_counts(estimate_bbse, classes.confusion, predicted)
+        rlls = estimate_by_counts(estimate_rlls, classes.confusion, predicted)
     labelled = None
     if other.name == "test":
         targets = context.prepared.encode_targets(other.rows)
@@ -201,20 +201,23 @@ def _compare_classes(
         ClassShare(
             label=name,
             train=float(classes.shares[i]),
-            estimated=None
-            if estimate is None
-            else Estimate(
-                value=float(estimate.shares[i]),
-                ci95=(float(estimate.interval[i, 0]), float(estimate.interval[i, 1])),
-            ),
-            bbse=None if by_counts is None else float(by_counts[0][i]),
-            rlls=None if by_counts is None else float(by_counts[1][i]),
+            estimated=estimate
+            and Estimate(value=float(estimate.shares[i]), ci95=_get_interval(estimate, i)),
+            bbse=bbse and float(bbse.shares[i]),
+            bbse_ci95=bbse and _get_interval(bbse, i),
+            rlls=rlls and float(rlls.shares[i]),
+            rlls_ci95=rlls and _get_interval(rlls, i),
             labelled=None if labelled is None else float(labelled[i]),
         )
         for i, name in enumerate(classes.names)
     ]
     p_value = compare_shares(classes.predicted, predicted, classes.worth, compute_worth(other.rows))
     return p_value, estimate, shares
+
+
+def _get_interval(estimate: ShareEstimate, number: int) -> Interval:
+    low, high = estimate.interval[number]
+    return float(low), float(high)
 
 
 def _compare_matched(

@@ -348,7 +348,8 @@ def format_shift(facts: ShiftAnalysis) -> str:
     shares = [
         [
             f"{one.name}: {row.label}", format_number(row.train), format_estimate(row.estimated),
-            format_number(row.bbse), format_number(row.rlls), format_number(row.labelled),
+            _format_share(row.bbse, row.bbse_ci95), _format_share(row.rlls, row.rlls_ci95),
+            format_number(row.labelled),
         ]
         for one in facts.sets
         for row in one.shares
@@ -362,6 +363,13 @@ def format_shift(facts: ShiftAnalysis) -> str:
     notes += [note for one in facts.sets if (note := _advise_on_shift(one))]
     notes += [f"  left out: {one}" for one in facts.left_out]
     return "\n".join([*tables, *notes])
+
+
+def _format_share(value: float | None, interval: Interval | None) -> str:
+    """Return a share with its interval, where there is one."""
+    if value is None or interval is None:
+        return format_number(value)
+    return f"{format_number(value)} {format_interval(interval)}"
 
 
 def _format_p(value: float | None) -> str:

@@ -11,6 +11,8 @@ import numpy as np
 
 DRAWS = 200
 """Bootstrap draws of an interval."""
+COUNT_DRAWS = 100
+"""The same of estimates by counts of predicted classes, which are solved anew in each."""
 MIN_SINGULAR_VALUE = 0.1
 """Of the matrix of predicted by true class, columns adding up to 1. Below it shares that differ
 much look the same to the classifier."""
@@ -130,13 +132,39 @@ def estimate_shares(
     predicted = np.bincount(probabilities.argmax(1), minlength=classes).astype(np.float64)
     own = _draw(lambda: estimate_em(probabilities[rng.integers(0, rows, rows)], source))
     labelled = _draw(lambda: estimate_bbse(_resample(confusion, rng), predicted))
-    half = 1.96 * np.sqrt(own.var(0) + labelled.var(0))
+    return _build_estimate(shares, own.var(0) + labelled.var(0))
+
+
+def estimate_by_counts(
+    estimate: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    confusion: np.ndarray, predicted: np.ndarray, seed: int = 0,
+) -> ShareEstimate:  # fmt: skip
+    """Return the shares that `estimate_bbse` or `estimate_rlls` gives, with intervals over both
+    samples: of the labelled rows within each class, and of the unlabelled ones.
+
+    Args:
+        estimate: either function.
+        confusion: (true, predicted) counts of labelled rows.
+        predicted: (classes,) counts of the unlabelled ones.
+        seed: of the draws.
+    """
+    rng = np.random.default_rng(seed)
+    rows, chances = int(predicted.sum()), predicted / predicted.sum()
+    drawn = _draw(
+        lambda: estimate(_resample(confusion, rng), rng.multinomial(rows, chances) + 1e-3),
+        COUNT_DRAWS,
+    )
+    return _build_estimate(estimate(confusion, predicted), drawn.var(0))
+
+
+def _build_estimate(shares: np.ndarray, variance: np.ndarray) -> ShareEstimate:
+    half = 1.96 * np.sqrt(variance)
     interval = np.stack([np.clip(shares - half, 0, 1), np.clip(shares + half, 0, 1)], axis=1)
     return ShareEstimate(shares, interval)
 
 
-def _draw(estimate: Callable[[], np.ndarray]) -> np.ndarray:
-    return np.stack([estimate() for _ in range(DRAWS)])
+def _draw(estimate: Callable[[], np.ndarray], draws: int = DRAWS) -> np.ndarray:
+    return np.stack([estimate() for _ in range(draws)])
 
 
 def _resample(confusion: np.ndarray, rng: np.random.Generator) -> np.ndarray:
