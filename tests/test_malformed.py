@@ -73,7 +73,7 @@ RECIPES: dict[str, tuple[str, str]] = {
     "key twice": ("source: {model: x}\nsource: {model: y}\ndata: {train: a}\n", "r.yaml|source"),
     "key twice inside": ("source: {model: x, model: y}\ndata: {train: a}\n", "r.yaml|model"),
     "list as key": ("? [a, b]\n: c\n", "r.yaml"),
-    "number as key": (HEAD + "3: x\n", "line 3|key 3 is not a word"),
+    "number as key": (HEAD + "3: x\n", "unknown key '3'"),
     "null as key": (HEAD + "null: x\n", "r.yaml"),
     "a NUL": ("source: {model: 'a\0b'}\n", "r.yaml"),
     "control character": ("source: {model: '\x07'}\n", "r.yaml"),

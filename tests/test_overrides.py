@@ -17,6 +17,7 @@ from hftl.errors import RecipeError
         ("bert-1e-4", "bert-1e-4"), ("", None), ("[1e-4, 3e-4]", [1e-4, 3e-4]), ("true", True),
         ("False", False), ("on", "on"), ("no", "no"),
         ("{on: probe, y: 1}", {"on": "probe", "y": 1}),
+        ("{0: bad, 01: b, true: c, 1.50: d}", {"0": "bad", "01": "b", "true": "c", "1.50": "d"}),
     ],
 )  # fmt: skip
 def test_scalars(text: str, value: Any) -> None:
@@ -29,7 +30,8 @@ def test_scalars(text: str, value: Any) -> None:
     ("text", "message"),
     [
         ("a: 1\nb:\n  c: 1\n  c: 2\n", r"r\.yaml line 4: not valid YAML: key 'c' is given twice"),
-        ("a: 1\n1: 2\n", r"r\.yaml line 2: not valid YAML: key 1 is not a word"),
+        ("a: 1\nnull: 2\n", r"r\.yaml line 2: not valid YAML: key None is not a word"),
+        ("1: a\n'1': b\n", r"r\.yaml line 2: not valid YAML: key '1' is given twice"),
         ("a: 1\nb: [1, 2\nc: 3\n", r"r\.yaml line 3: not valid YAML"),
         ("a: b: c", r"r\.yaml line 1: not valid YAML"),
         ("a: !!python/object:os.system x", r"r\.yaml line 1: not valid YAML"),

@@ -1,5 +1,7 @@
 """Read YAML and apply `key=value` overrides; `1e-4` is a number, a repeated key an error.
 
+Keys are text: labels may be numbers.
+
 PyYAML reads YAML 1.1, in which `1e-4` is a word and `on` is true. ruamel.yaml reads 1.2, but would
 be a second YAML library beside the one that writes recipes and cards.
 """
@@ -64,6 +66,8 @@ def _construct_mapping(
     seen: dict[Any, Any] = {}
     for key_node, value_node in node.value:
         key = loader.construct_object(key_node, deep=True)
+        if isinstance(key, bool | int | float):
+            key = key_node.value  # A label, as in `label_names: {0: bad}`, with its digits.
         if not isinstance(key, str):
             raise yaml.constructor.ConstructorError(
                 None, None, f"key {key!r} is not a word", key_node.start_mark
