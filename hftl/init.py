@@ -28,6 +28,8 @@ from hftl.models.known_sources import (
     find_packaged_source,
     suggest_known_source,
 )
+from hftl.models.timm_architecture import TIMM_WRAPPER
+from hftl.models.vision_language_architectures import VISION_LANGUAGE
 from hftl.plurals import choose_verb, count_noun
 from hftl.runtime import paths, run_folder
 
@@ -89,6 +91,7 @@ POOLING_NOTES = {
     "image": "native | cls | mean | cls+mean, where a class token stands before the patches",
     "text": "native | mean | cls; mean suits sentence encoders",
 }
+PROMPT_NOTE = "of the prompt, which data.prompt words"
 SIZE_LINES = {
     "image": "# image_size: 224\t# pixels; null: the source's own",
     "text": "max_length: 128\t# tokens; longer texts are cut",
@@ -132,7 +135,8 @@ def write_recipe(data: Path, source: str, output: Path | None) -> tuple[Path, li
         raise RecipeError(f"--source: {source} holds no model", "Give a folder with config.json")
     guess, counts = _read_table(data)
     _check_classes(data.name, guess, counts)
-    _check_modality(source, model, guess)
+    family = _find_family(source, model)
+    _check_modality(source, family, guess)
     notes = [*_describe_guess(guess, counts), *([] if model else _describe_hub_source(source))]
     packaged = find_packaged_source(source)
     published = "# published_as: org/name\t# the public id, where model is a folder or package"
@@ -142,7 +146,10 @@ def write_recipe(data: Path, source: str, output: Path | None) -> tuple[Path, li
         notes.append(f"source: {source} has the weights of {packaged.id}, its public id")
     notes += [f"warning: {doubt}" for doubt in list_doubts(guess, counts)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    run_folder.write_text(path, _fill_template(guess, counts, data, source, path, published))
+    pooling = _choose_pooling(guess, source, family)
+    run_folder.write_text(
+        path, _fill_template(guess, counts, data, source, path, published, pooling)
+    )
     return path, notes
 
 
@@ -288,17 +295,24 @@ def _find_joined_label(names: Mapping[str, int]) -> str | None:
     return None
 
 
-def _check_modality(source: str, model: Path | None, guess: ColumnGuess) -> None:
+def _find_family(source: str, model: Path | None) -> str | None:
+    """Return the architecture of a source, by its config or the list of well-known ones; None where
+    neither says it."""
+    if model is not None:
+        family = _read_family(source, model / "config.json")
+        return READ_AS.get(str(family), family)
+    if source.startswith("timm/"):
+        return TIMM_WRAPPER
+    known = find_known_source(source)
+    return None if known is None else READ_AS.get(known.family, known.family)
+
+
+def _check_modality(source: str, family: str | None, guess: ColumnGuess) -> None:
     """Refuse a source of texts for pictures, and the reverse, where its architecture is known.
 
     Raises:
         RecipeError: naming what it reads.
     """
-    known = find_known_source(source)
-    family = None if known is None else known.family
-    if model is not None:
-        family = _read_family(source, model / "config.json")
-    family = READ_AS.get(str(family), family)
     spec = (ARCHITECTURES | UNHEADED | IMAGE_HALVES).get(str(family))
     if spec is not None and spec.modality != guess.kind:
         raise RecipeError(
@@ -342,13 +356,13 @@ def _describe_hub_source(source: str) -> list[str]:
 
 
 def _fill_template(
-    guess: ColumnGuess, counts: LabelCounts, data: Path, source: str, path: Path, published: str
-) -> str:
+    guess: ColumnGuess, counts: LabelCounts, data: Path, source: str, path: Path, published: str,
+    pooling: str,
+) -> str:  # fmt: skip
     in_all = guess.task in TASKS_WITHOUT_CLASS_SHOTS
     rows = max(1, round(TRAIN_SHARE * counts.rows))
     labels = rows if in_all else max(1, round(rows / max(1, len(counts.names))))
     is_table = data.is_file() and guess_format(data) == "csv"
-    known = find_known_source(source)
     text = TEMPLATE.format(
         source=_format_yaml(source), published=published, data=_format_yaml(str(data)),
         recipe=path, task=guess.task,
@@ -362,8 +376,8 @@ def _fill_template(
         size=SIZE_LINES[guess.kind] + _format_names_line(guess.numbers),
         labels=labels, rule=choose_by_labels(labels), rows=rows,
         strategies=" | ".join(FINETUNE_STRATEGIES), **_choose_training(guess.kind, rows),
-        pooling=_choose_pooling(guess, source, known.family if known else None),
-        pooling_note=POOLING_NOTES[guess.kind],
+        pooling=pooling, pooling_note=PROMPT_NOTE if pooling == "last" else
+        POOLING_NOTES[guess.kind],
         metric=DEFAULT_METRICS.get(guess.task, "accuracy"),
     )  # fmt: skip
     return "".join(map(_align_comment, text.splitlines(keepends=True)))
@@ -382,6 +396,8 @@ def _choose_pooling(guess: ColumnGuess, source: str, family: str | None) -> str:
     sentence_encoder = any(part in source.lower() for part in ("minilm", "sentence", "mpnet"))
     if sentence_encoder and guess.kind == "text" and guess.task != "token-classification":
         return "mean"
+    if family in VISION_LANGUAGE:
+        return "last"
     return "cls" if family in UNHEADED_ENCODERS else "native"
 
 

@@ -274,9 +274,12 @@ def test_what_the_source_cannot_be_pooled_by_is_one_line(
 
 
 def test_init_pools_what_has_no_stock_class(folder: Path, tmp_path: Path) -> None:
-    for name, pooling in (("dinov3-vits16-pretrain-lvd1689m", "cls"), ("dinov2-small", "native")):
-        write_recipe(folder, f"facebook/{name}", tmp_path / f"{name}.yaml")
-        assert Recipe.load(tmp_path / f"{name}.yaml").finetune.pooling == pooling
+    for name, pooling in (
+        ("facebook/dinov3-vits16-pretrain-lvd1689m", "cls"), ("facebook/dinov2-small", "native"),
+        ("HuggingFaceTB/SmolVLM-256M-Instruct", "last"), ("timm/resnet50.a1_in1k", "native"),
+    ):  # fmt: skip
+        path, _ = write_recipe(folder, name, tmp_path / f"{name.split('/')[1]}.yaml")
+        assert Recipe.load(path).finetune.pooling == pooling
 
 
 def test_masked_image_checkpoint_is_read_whole(tiny_model: Tiny) -> None:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-import yaml
 from conftest import sentences, write_csv
 from transformers import CONFIG_MAPPING
 from typer.testing import CliRunner
@@ -121,16 +120,16 @@ def test_init_shows_how_to_name_labels_that_are_numbers(numbered: bool, tmp_path
     path, _ = write_recipe(table, "google-bert/bert-base-uncased", tmp_path / "a.yaml")
     written = path.read_text("utf-8")
     assert ('# label_names: {0: "...", 1: "..."}' in written) == numbered
-    named = written.replace("# label_names", "label_names")
-    assert Recipe.parse(yaml.safe_load(named)).data.get_label_words("1") == (
-        "..." if numbered else "1"
-    )
+    path.write_text(written.replace("# label_names", "label_names"), "utf-8")
+    assert Recipe.load(path).data.get_label_words("1") == ("..." if numbered else "1")
 
 
 def test_init_refuses_a_model_that_cannot_be_loaded_and_takes_one_that_can(tmp_path: Path) -> None:
     table = write_csv(tmp_path / "reviews.csv", ["text", "label"], sentences(40))
     with pytest.raises(RecipeError, match=r"cannot be loaded: it is saved for open_clip"):
         write_recipe(table, "imageomics/bioclip", tmp_path / "a.yaml")
+    with pytest.raises(RecipeError, match=r"timm/resnet50.a1_in1k reads pictures, and the data"):
+        write_recipe(table, "timm/resnet50.a1_in1k", tmp_path / "a.yaml")
     assert not (tmp_path / "a.yaml").exists()
     _, notes = write_recipe(table, "google-bert/bert-base-uncased", tmp_path / "a.yaml")
     assert not any(note.startswith("source:") for note in notes)
