@@ -7,7 +7,8 @@ the last block follow from a forward pass on torch's meta device.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hftl.errors import RecipeError, suggest_closest
+from hftl.errors import RecipeError, format_error_line, suggest_closest
 from hftl.models.architecture_spec import WEIGHT_LAYERS, ArchitectureSpec, HeadSpec
 
 TIMM_WRAPPER = "timm_wrapper"
@@ -75,7 +76,8 @@ def read_data_config(config: Any) -> dict[str, Any]:
     _check_name(timm, config.architecture)
     own = getattr(config, "pretrained_cfg", None)
     own = own or timm.get_pretrained_cfg(config.architecture).to_dict()
-    return timm.data.resolve_data_config(own, verbose=False)
+    with _refuse_settings(config.architecture):
+        return timm.data.resolve_data_config(own, verbose=False)
 
 
 def set_timm_image_size(config: Any, side: int) -> None:
@@ -102,16 +104,32 @@ def _check_name(timm: Any, name: str) -> None:
         )
 
 
+@contextmanager
+def _refuse_settings(name: str) -> Iterator[None]:
+    """Turn what timm and torch raise on settings that make no sense into a RecipeError."""
+    try:
+        yield
+    except (
+        TypeError, ValueError, LookupError, AttributeError, RuntimeError, AssertionError,
+    ) as error:  # fmt: skip
+        raise RecipeError(
+            f"source.model: timm does not build {name!r} as its config.json says: "
+            f"{format_error_line(error)}",
+            "Correct model_args and pretrained_cfg there",
+        ) from error
+
+
 @lru_cache(maxsize=32)
 def _describe(
     wrapped: str, name: str, model_args: str, input_size: tuple[int, ...]
 ) -> ArchitectureSpec:
     arguments: Mapping[str, Any] = json.loads(model_args)
-    with torch.device("meta"):
+    with _refuse_settings(name), torch.device("meta"):
         model: Any = import_timm().create_model(name, num_classes=2, **arguments).eval()
     paths = {module: path for path, module in model.named_modules()}
     classifier = _get_classifier(model, name)
-    calls = _run_on_meta(model, input_size)
+    with _refuse_settings(name):
+        calls = _run_on_meta(model, input_size)
     blocks = _order_blocks(model, name, calls)
     targets, skipped = _sort_layers(model, blocks, set(calls))
     head = paths[classifier]
