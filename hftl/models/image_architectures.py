@@ -117,6 +117,10 @@ IMAGE_ENCODERS = {
         ),
         skipped_layers=("layer.1.convolution",),
     ),
+    "bit": replace(
+        RESNET, encoder="bit", lora_targets=("conv1", "conv2", "conv3"),
+        optional_targets=("downsample.conv",), final_parts=("norm",),
+    ),
     "convnext": CONVNEXT,
     "convnextv2": replace(CONVNEXT, encoder="convnextv2"),
     "efficientnet": replace(

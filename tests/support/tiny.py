@@ -140,7 +140,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "modernbert-decoder": CAUSAL | {"local_attention": 8},
     "dinov3_vit": IMAGE | {"num_register_tokens": 2},
     "dinov3_convnext": STAGES | {"layer_scale_init_value": 1.0},
-    "resnet": STAGES, "regnet": STAGES | {"groups_width": 8},
+    "bit": STAGES | {"num_groups": 2}, "resnet": STAGES, "regnet": STAGES | {"groups_width": 8},
     "convnext": STAGES | {"num_stages": 2}, "convnextv2": STAGES | {"num_stages": 2},
     "efficientnet": {
         "image_size": IMAGE_SIZE, "width_coefficient": 0.25, "hidden_dim": 320,
