@@ -112,17 +112,18 @@ SHIPPED = Peer("shipped", pairs=1)
 """Far slower than the rest, so that one pair says enough."""
 JOBS = {
     "lora": Job(
-        "LoRA, all layers, 3 epochs", "finetune", (Peer("tuned", 1.15, 1.0), SHIPPED)
+        "LoRA, all layers, 3 epochs", "finetune", (Peer("tuned", 1.15, 1.0), SHIPPED), train=1000,
     ),
     "full": Job(
         "full, same batches, 3 epochs", "finetune", (Peer("tuned", 1.4, 1.1), SHIPPED), "full"
     ),
     "top-2": Job(
-        "top 2 of 6 blocks, 3 epochs", "finetune", (Peer("tuned", 2.0, 1.5),), "partial"
+        "top 2 of 6 blocks, 3 epochs", "finetune", (Peer("tuned", 2.0, 1.5),), "partial",
+        train=1000,
     ),
     "top-1": Job(
         "top block, 10 epochs", "finetune", (Peer("tuned", 4.5, 3.0),), "partial", epochs=10,
-        blocks=1,
+        blocks=1, train=1000,
     ),
     "lora-kl": Job(
         "LoRA + relational KL, 5 epochs", "finetune", (Peer("tuned", 1.4, 1.2),), epochs=5,
@@ -142,8 +143,8 @@ JOBS = {
     ),
     "probe-image": Job(
         "probe, pictures (ViT-S, 112 px)", "finetune",
-        (Peer("frozen", 8, 5), Peer("sklearn", 1.05, 0.9)), "head", epochs=10, train=96,
-        validation=32, test=96, source="vit-small", fp32=True,
+        (Peer("frozen", 8, 5), Peer("sklearn", 1.05, 0.9)), "head", epochs=10, train=1000,
+        validation=100, test=100, source="vit-small", fp32=True,
     ),
     "mlm": Job(
         "MLM adaptation, MiniLM's shape", "adapt", (Peer("tuned", 1.75, 1.5),), "mlm", epochs=2,
@@ -165,12 +166,12 @@ JOBS = {
     "two-data": Job(
         "two processes, data", "finetune",
         (Peer("copies", 0.95, share=2), Peer("tuned", 0.98), Peer("one-process", 1.9)),
-        processes=2, threads=1,
+        processes=2, threads=1, train=1000,
     ),
     "two-arms": Job(
         "two processes, arms dealt out", "finetune",
         (Peer("copies", 0.95, share=2), Peer("one-process", 1.9)), seeds=4,
-        processes=2, threads=1, train=240, epochs=2,
+        processes=2, threads=1, train=1000, epochs=2,
     ),
     "predict": Job(
         "hftl predict, LoRA, 1 600 texts", "predict",
