@@ -48,7 +48,7 @@ OTHER_NORM = ("deberta", "deberta-v2", "clip", "metaclip_2")
 """Their norm of that name is of relative positions, or read by no image's output."""
 STAGES = {
     **dict.fromkeys(
-        ("resnet", "regnet", "convnext", "convnextv2"),
+        ("bit", "resnet", "regnet", "convnext", "convnextv2"),
         {"stages.0.layers.0": 1, "stages.0.layers.1": 2, "stages.1": 3},
     ),
     "efficientnet": {"blocks.0": 1, "blocks.1": 2, "encoder.top_conv": 3, "encoder.top_bn": 3},
