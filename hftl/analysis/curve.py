@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from hftl.analysis.curve_figures import (
     Quantity,
@@ -79,7 +80,8 @@ def compute_curve(
     store.compute([*pooled.prepared.rows["train"], *test])
     predictions: dict[str, list[list[np.ndarray]]] = {}
     total = len(options.arms) * len(sizes) * options.draws
-    with open_bar("curve", total) as advance:
+    # Two threads solve a few hundred rows in more time than one.
+    with open_bar("curve", total) as advance, threadpool_limits(1, user_api="blas"):
         for name in options.arms:
             predict = find_arm(name, _cut_context(pooled, sizes[-1]))
             predictions[name] = []
