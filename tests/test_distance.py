@@ -13,6 +13,7 @@ from conftest import make_image_recipe, pictures, sentences, write_csv
 from scipy.linalg import sqrtm
 from scipy.spatial.distance import jensenshannon, pdist
 from scipy.stats import kstest, norm
+from sklearn.metrics.pairwise import rbf_kernel
 from support.command import Hftl
 from support.coverage import is_covered
 from test_feature_store import forwards
@@ -94,6 +95,19 @@ def test_mmd_is_the_sum_over_pairs() -> None:
     expected = estimate_mmd_by_loops(first, second)
     # The median of the squares is the square of the median but for an even number of pairs.
     assert compute_mmd(first, second, 9).distance.value == pytest.approx(expected, rel=1e-3)
+
+
+def test_mmd_is_that_of_scikit_learns_kernel() -> None:
+    first, second = draw(30, 4, 0), draw(25, 4, 1, 1.0)
+    pooled = np.concatenate([first, second])
+    square = np.median(pdist(pooled, "sqeuclidean"))
+    own, other, cross = (
+        rbf_kernel(x, y, gamma=0.5 / square)
+        for x, y in ((first, first), (second, second), (first, second))
+    )
+    within = [(k.sum() - len(k)) / (len(k) * (len(k) - 1)) for k in (own, other)]
+    expected = sum(within) - 2 * cross.mean()
+    assert compute_mmd(first, second, 9).distance.value == pytest.approx(expected, abs=1e-12)
 
 
 def test_mmd_of_equal_domains_is_0_on_average_with_uniform_p_values() -> None:

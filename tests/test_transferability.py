@@ -8,6 +8,7 @@ from scipy.optimize import minimize
 from scipy.stats import multivariate_normal
 from sklearn.covariance import LedoitWolf
 from sklearn.decomposition import PCA
+from sklearn.mixture import GaussianMixture
 from sklearn.neighbors import KNeighborsClassifier
 
 from hftl.analysis import transferability as module
@@ -51,7 +52,9 @@ def maximize_gaussian_process(features: np.ndarray, target: np.ndarray) -> float
     return -min(fit.fun for fit in fits) / rows
 
 
-@pytest.mark.parametrize(("rows", "width"), [(60, 8), (30, 80), (40, 40)])
+@pytest.mark.parametrize(
+    ("rows", "width"), [(60, 8), (30, 80), (40, 40), pytest.param(100, 384, marks=pytest.mark.slow)]
+)
 def test_logme_is_the_marginal_likelihood_of_a_gaussian_process(rows: int, width: int) -> None:
     features, labels = draw(rows, width, 2)
     columns = np.eye(2)[labels]
@@ -126,6 +129,24 @@ def test_leep_and_nce_are_sums_over_rows_and_classes() -> None:
     hard = np.eye(4)[source]
     assert compute_leep(hard, labels) == pytest.approx(compute_nce(source, labels), abs=1e-12)
     assert compute_nce(labels, labels) == pytest.approx(0.0)
+
+
+def test_nleep_is_leep_of_a_mixture_of_principal_components() -> None:
+    features, labels = draw(120, 30, 2)
+    wide = PCA(svd_solver="full").fit(features)
+    count = int(np.searchsorted(np.cumsum(wide.explained_variance_ratio_), 0.8)) + 1
+    reduced = wide.transform(features)[:, :count]
+    mixture = GaussianMixture(10, covariance_type="diag", reg_covar=1e-4, random_state=0)
+    mixture.fit(reduced)
+    joint = np.stack([
+        np.log(weight) + multivariate_normal(mean, np.diag(variance)).logpdf(reduced)
+        for weight, mean, variance in zip(
+            mixture.weights_, mixture.means_, mixture.covariances_, strict=True
+        )
+    ], 1)  # fmt: skip
+    posteriors = np.exp(joint - np.logaddexp.reduce(joint, 1, keepdims=True))
+    found = compute_cluster_probabilities(centre(features), 2)
+    np.testing.assert_allclose(found, posteriors, atol=1e-6)
 
 
 def test_clusters_separate_what_lies_apart() -> None:
