@@ -106,7 +106,7 @@ def _hash_finished_files(run: Path) -> dict[str, str]:
 def _list_finished_files(run: Path) -> list[Path]:
     folders = (run / "publish", run / "publish-base")
     files = [p for folder in folders for p in folder.rglob("*") if p.is_file()]
-    return files + [p for p in (run / "record.json", run / "report.html") if p.exists()]
+    return files + [p for p in (run / "record.json", run / "report.html") if p.is_file()]
 
 
 def _format_relative(run: Path, path: Path) -> str:

@@ -263,7 +263,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all; leave one alone that holds the same bytes."""
+    """Write a file whole or not at all; leave one alone that holds the same bytes.
+
+    Raises:
+        RunFolderError: if there is a folder of that name.
+    """
+    if path.is_dir():
+        raise RunFolderError(f"{path} is a folder, expected a file", "Remove it")
     if path.exists() and path.read_bytes() == content:
         return
     aside = path.parent / f".tmp-{path.name}"
