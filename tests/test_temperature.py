@@ -267,6 +267,9 @@ def test_the_card_says_how_far_probabilities_are_off() -> None:
     assert f"expected calibration error {section.before.ece.value:.3f} [" in text
     assert f"divided by the temperature {section.temperature:.3g}" in text
     assert f"{section.after.ece.value:.3f} [" in text and "15 bins of equal mass" in text
+    assert section.change and f"Brier score changed by {section.change.value:+.3f} [" in text
+    older = section.model_copy(update={"change": None})
+    assert "changed by" not in render(make_record() | {"calibration": older.to_dict()})
     none = section.model_copy(update={"temperature": None, "after": None})
     assert "gave no temperature" in render(make_record() | {"calibration": none.to_dict()})
     assert "calibration error" not in render(make_record())

@@ -46,10 +46,12 @@ def format_calibration(section: CalibrationSection) -> str:
             way += f" ({section.likeliest:.3g} before a prior drew it towards 1)"
     else:
         way = f"each label calibrated {_count_methods(section)}"
-    change = section.change and f", a change of {format_estimate(section.change, '+.3f')}"
+    change = ""
+    if section.change is not None:
+        change = f", the Brier score changed by {format_estimate(section.change, '+.3f')}"
     return (
         f"{start}; with {way}, fitted on validation, {format_estimate(section.after.ece)} and "
-        f"{format_estimate(section.after.brier)}{change or ''}. hftl predicts with "
+        f"{format_estimate(section.after.brier)}{change}. hftl predicts with "
         f"{'it' if section.labels is None else 'them'}, and the labels stay; the plain libraries "
         "do not."
     )
