@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.family_grid import Family, check_every_strategy, save_stripes
+from support.fresh_process import FreshProcess
 from support.tiny import measure_statistics
-from test_resume import check_stopped_training
 from test_vision import copy_state, open_arm, publish, train_steps
 
 import hftl
@@ -18,8 +19,6 @@ from hftl.adapt.mae import check_mae_architecture
 from hftl.config.section import Source
 from hftl.data.image_processing import build_normalizer, resize_and_crop
 from hftl.errors import RecipeError
-from hftl.models.encoders import get_blocks, get_stock_encoder, list_block_paths
-from hftl.models.lora import list_adapted_layers
 from hftl.models.model_parts import get_last_linear
 from hftl.models.source import find_source, load_image_processor
 from hftl.publish.settings_files import ModelConfig
@@ -35,67 +34,69 @@ WINDOWS = {
 CONVNEXT = {"depths": [1, 1, 2, 1], "dims": [8, 8, 16, 16]}
 ATTENTION = ("attn.proj", "attn.qkv", "mlp.fc1", "mlp.fc2")
 SQUEEZE = ("conv_pw", "conv_pwl", "se.conv_expand", "se.conv_reduce")
-ARCHITECTURES: dict[str, tuple[dict[str, Any], int, int, str, tuple[str, ...], str]] = {
-    "resnet10t": (STAGES, 32, 4, "layer4.0", ("conv1", "conv2", "downsample.1"), "fc"),
+ARCHITECTURES: dict[str, tuple[dict[str, Any], int, int, int, str, tuple[str, ...], str]] = {
+    "resnet10t": (STAGES, 32, 4, 12, "layer4.0", ("conv1", "conv2", "downsample.1"), "fc"),
     "convnext_atto": (
-        CONVNEXT, 32, 5, "stages.3.blocks.0", ("mlp.fc1", "mlp.fc2"), "head.norm head.fc",
+        CONVNEXT, 32, 5, 10, "stages.3.blocks.0", ("mlp.fc1", "mlp.fc2"), "head.norm head.fc",
     ),
-    "vit_tiny_patch16_224": (TINY_VIT, 32, 2, "blocks.1", ATTENTION, "norm head"),
-    "tinynet_e": ({}, 32, 10, "blocks.6.0", SQUEEZE, "conv_head bn2 classifier"),
+    "vit_tiny_patch16_224": (TINY_VIT, 32, 2, 8, "blocks.1", ATTENTION, "norm head"),
+    "tinynet_e": ({}, 32, 10, 39, "blocks.6.0", SQUEEZE, "conv_head bn2 classifier"),
     "seresnext26d_32x4d": (
-        {"layers": [1, 1, 1, 1]}, 32, 4, "layer4.0",
+        {"layers": [1, 1, 1, 1]}, 32, 4, 20, "layer4.0",
         ("conv1", "conv3", "downsample.1", "se.fc1", "se.fc2"), "fc",
     ),
     "regnetx_002": (
-        {}, 32, 13, "s4.b7", ("conv1.conv", "conv3.conv", "downsample.conv"), "head.fc",
+        {}, 32, 13, 30, "s4.b7", ("conv1.conv", "conv3.conv", "downsample.conv"), "head.fc",
     ),
     "regnety_002": (
-        {}, 32, 13, "s4.b7",
+        {}, 32, 13, 56, "s4.b7",
         ("conv1.conv", "conv3.conv", "downsample.conv", "se.fc1", "se.fc2"), "head.fc",
     ),
     "tf_efficientnet_lite0": (
-        {}, 32, 16, "blocks.6.0", ("conv_pw", "conv_pwl"), "conv_head bn2 classifier",
+        {}, 32, 16, 31, "blocks.6.0", ("conv_pw", "conv_pwl"), "conv_head bn2 classifier",
     ),
     "mobilenetv2_035": (
-        {}, 32, 17, "blocks.6.0", ("conv_pw", "conv_pwl"), "conv_head bn2 classifier",
+        {}, 32, 17, 33, "blocks.6.0", ("conv_pw", "conv_pwl"), "conv_head bn2 classifier",
     ),
-    "mobilenetv3_small_050": ({}, 32, 12, "blocks.5.0", ("conv", *SQUEEZE), "conv_head classifier"),
+    "mobilenetv3_small_050": (
+        {}, 32, 12, 40, "blocks.5.0", ("conv", *SQUEEZE), "conv_head classifier",
+    ),
     "mobilenetv4_conv_small_035": (
-        {}, 32, 17, "blocks.4.0", ("conv", "pw_exp.conv", "pw_proj.conv"),
+        {}, 32, 17, 29, "blocks.4.0", ("conv", "pw_exp.conv", "pw_proj.conv"),
         "conv_head norm_head classifier",
     ),
     "lcnet_035": (
-        {}, 32, 13, "blocks.5.1", ("conv_pw", "se.conv_expand", "se.conv_reduce"),
+        {}, 32, 13, 17, "blocks.5.1", ("conv_pw", "se.conv_expand", "se.conv_reduce"),
         "conv_head classifier",
     ),
     "ghostnet_050": (
-        {}, 32, 17, "blocks.9.0",
+        {}, 32, 17, 52, "blocks.9.0",
         ("conv", "ghost1.primary_conv.0", "ghost2.primary_conv.0", "se.conv_expand",
          "se.conv_reduce", "shortcut.2"),
         "conv_head classifier",
     ),
     "convnextv2_atto": (
-        CONVNEXT, 32, 5, "stages.3.blocks.0", ("mlp.fc1", "mlp.fc2"), "head.norm head.fc",
+        CONVNEXT, 32, 5, 10, "stages.3.blocks.0", ("mlp.fc1", "mlp.fc2"), "head.norm head.fc",
     ),
-    "deit3_small_patch16_224": (TINY_VIT, 32, 2, "blocks.1", ATTENTION, "norm head"),
-    "vit_small_patch14_dinov2": (TINY_VIT, 32, 2, "blocks.1", ATTENTION, "norm head"),
-    "vit_small_patch16_dinov3": (TINY_VIT, 32, 2, "blocks.1", ATTENTION, "norm head"),
+    "deit3_small_patch16_224": (TINY_VIT, 32, 2, 8, "blocks.1", ATTENTION, "norm head"),
+    "vit_small_patch14_dinov2": (TINY_VIT, 32, 2, 8, "blocks.1", ATTENTION, "norm head"),
+    "vit_small_patch16_dinov3": (TINY_VIT, 32, 2, 8, "blocks.1", ATTENTION, "norm head"),
     "eva02_tiny_patch14_224": (
-        TINY_VIT, 32, 2, "blocks.1", ("attn.proj", "mlp.fc1", "mlp.fc2"), "fc_norm head",
+        TINY_VIT, 32, 2, 6, "blocks.1", ("attn.proj", "mlp.fc1", "mlp.fc2"), "fc_norm head",
     ),
     "beit_base_patch16_224": (
-        TINY_VIT, 32, 2, "blocks.1", ("attn.proj", "mlp.fc1", "mlp.fc2"), "fc_norm head",
+        TINY_VIT, 32, 2, 6, "blocks.1", ("attn.proj", "mlp.fc1", "mlp.fc2"), "fc_norm head",
     ),
     "swin_tiny_patch4_window7_224": (
-        WINDOWS, 32, 3, "layers.1.blocks.1", ATTENTION, "norm head.fc",
+        WINDOWS, 32, 3, 12, "layers.1.blocks.1", ATTENTION, "norm head.fc",
     ),
     "swinv2_tiny_window8_256": (
-        WINDOWS, 32, 3, "layers.1.blocks.1",
+        WINDOWS, 32, 3, 15, "layers.1.blocks.1",
         ("attn.cpb_mlp.0", "attn.cpb_mlp.2", "attn.proj", "mlp.fc1", "mlp.fc2"), "norm head.fc",
     ),
     "maxvit_pico_rw_256": (
         {"img_size": 64, "embed_dim": [32, 32, 32, 32], "depths": [1, 1, 1, 1], "stem_width": 8},
-        64, 4, "stages.3",
+        64, 4, 49, "stages.3",
         (*(f"blocks.0.{part}.{layer}" for part in ("attn_block", "attn_grid")
            for layer in ATTENTION),
          "blocks.0.conv.conv1_1x1", "blocks.0.conv.conv3_1x1", "blocks.0.conv.se.fc1",
@@ -103,43 +104,49 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], int, int, str, tuple[str, ...], s
         "norm head.fc",
     ),
     "hiera_tiny_224": (
-        {"img_size": 64, "embed_dim": 8, "num_heads": 1, "stages": [1, 1, 1, 1]}, 64, 4,
+        {"img_size": 64, "embed_dim": 8, "num_heads": 1, "stages": [1, 1, 1, 1]}, 64, 4, 19,
         "blocks.3", (*ATTENTION, "proj"), "head.norm head.fc",
     ),
     "densenet121": (
-        {"growth_rate": 4, "block_config": [2, 1, 1, 1]}, 32, 5,
+        {"growth_rate": 4, "block_config": [2, 1, 1, 1]}, 32, 5, 10,
         "features.denseblock4.denselayer1", ("conv1", "conv2"), "features.norm5 classifier",
     ),
     "xcit_nano_12_p16_224": (
-        {"depth": 2, "embed_dim": 16, "num_heads": 2}, 32, 4, "cls_attn_blocks.1",
+        {"depth": 2, "embed_dim": 16, "num_heads": 2}, 32, 4, 20, "cls_attn_blocks.1",
         ("attn.k", "attn.proj", "attn.q", "attn.qkv", "attn.v", "mlp.fc1", "mlp.fc2"), "norm head",
     ),
     "pvt_v2_b0": (
-        {"depths": [1, 1, 1, 1]}, 32, 4, "stages.3",
+        {"depths": [1, 1, 1, 1]}, 32, 4, 26, "stages.3",
         ("blocks.0.attn.kv", "blocks.0.attn.proj", "blocks.0.attn.q", "blocks.0.attn.sr",
          "blocks.0.mlp.fc1", "blocks.0.mlp.fc2", "downsample.proj"),
         "head",
     ),
     "resnetv2_18": (
-        {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_chs": 8}, 32, 4,
+        {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_chs": 8}, 32, 4, 11,
         "stages.3.blocks.0", ("conv1", "conv2", "downsample.conv"), "norm head.fc",
     ),
-    "nf_resnet26": ({}, 32, 8, "stages.3.1", ("conv1", "conv2", "conv3", "downsample.conv"),
+    "nf_resnet26": ({}, 32, 8, 28, "stages.3.1", ("conv1", "conv2", "conv3", "downsample.conv"),
                     "head.fc"),
 }  # fmt: skip
-"""Arguments that make it small, side, blocks, the top one, LoRA's layers, what comes after."""
+"""Arguments that make it small, side, blocks, LoRA's layers in all of them, the top block, LoRA's
+layers by the end of their names in a block, and what comes after the blocks, the last layer last.
+"""
 every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
 
 
 def open_residual_branches(model: torch.nn.Module) -> None:
-    """Give the last norm of residual branches a scale, as training does; timm begins at 0.
+    """Give the ends of residual branches a scale, as training does; timm begins at 0 or nearly 0.
 
-    Nothing in a branch gets a gradient while the frozen norm at its end multiplies by 0.
+    Nothing in a branch gets a gradient while a frozen norm or layer at its end multiplies by 0, and
+    a class token sees nothing of the picture while its layers are scaled by .00001.
     """
     norms = torch.nn.BatchNorm2d | torch.nn.LayerNorm
     for module in model.modules():
         if isinstance(module, norms) and not module.weight.any():
             torch.nn.init.ones_(module.weight)
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".")[2].startswith("gamma"):
+            torch.nn.init.ones_(parameter)
 
 
 @pytest.fixture(scope="session")
@@ -172,34 +179,19 @@ def test_masked_image_adaptation_is_refused(tmp_path: Path) -> None:
 
 
 @every_architecture
-def test_what_trains_moves_and_is_published(
-    name: str, tiny_timm: Callable[..., Path], tmp_path: Path
+def test_every_strategy(
+    name: str, tiny_timm: Callable[..., Path], tmp_path: Path, reload_server: FreshProcess
 ) -> None:
-    """Compare blocks, layers of LoRA and what trains with a literal table; publish the model."""
-    _, _, blocks, top, targets, after = ARCHITECTURES[name]
-    for strategy in ("partial", "lora"):
-        folder = tmp_path / strategy
-        folder.mkdir()
-        context, recipe = open_arm(tiny_timm(name), folder, strategy)
-        spec = context.source.architecture_spec
-        assert (len(spec.blocks), spec.blocks[-1]) == (blocks, top)
-        assert set(spec.optional_targets) == set(targets)
-        model, moved, output = train_steps(context, recipe)
-        trains = {path for path, p in model.named_parameters() if p.requires_grad}
-        assert moved <= trains and len(moved) > len(trains) / 4
-        if strategy == "partial":
-            starts = [f"timm_model.{part}." for part in (top, *after.split())]
-            assert all(path.startswith(tuple(starts)) for path in trains)
-            assert all(any(path.startswith(start) for path in trains) for start in starts)
-        else:
-            layers = list_adapted_layers(model)
-            encoder = get_stock_encoder(model.get_base_model(), spec)
-            inside = tuple(f"timm_model.{path}." for path in list_block_paths(encoder, spec))
-            assert get_blocks(encoder, spec)
-            assert all(path.removeprefix("base_model.model.").startswith(inside) for path in layers)
-            heads = {path for path in trains if ".lora_" not in path}
-            assert heads and all(".modules_to_save." in path for path in heads)
-        assert publish(context, recipe, output, folder) <= 1e-5
+    """Compare what trains with the table; stop, go on, publish and reload."""
+    _, _, blocks, layers, top, targets, after = ARCHITECTURES[name]
+    last = f"timm_model.{after.split()[-1]}"
+    family = Family(
+        f"{last}.", " ".join(f"timm_model.{part}." for part in after.split()),
+        f"timm_model.{top}.", blocks, " ".join(targets), layers, last,
+        "timm_model.stages.3.downsample." if name.startswith("convnext") else "",
+    )  # fmt: skip
+    data = save_stripes(tmp_path / "pictures")
+    check_every_strategy(family, tiny_timm(name), data, tmp_path, reload_server)
 
 
 @every_architecture
@@ -275,6 +267,14 @@ def test_refuses_what_it_cannot_train(tiny_timm: Callable[..., Path], tmp_path: 
     refuse("crossvit_tiny_240", "the classifier of timm's .* is a ModuleList", **side)
     refuse("poolformer_s12", "whose blocks timm does not name", **side)
     refuse("vgg11_bn", "whose blocks are single layers", input_size=[3, 224, 224])
+    refuse("vit_tiny_patch16_224", "does not build .*doesn't match model", **side)
+    config = {
+        "architecture": "resnet10t", "num_classes": 2, "model_args": {"layerz": [1]},
+        "pretrained_cfg": side,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RecipeError, match="timm does not build 'resnet10t' .*'layerz'"):
+        find_source(Source(model=str(tmp_path)))
     with pytest.raises(RecipeError, match="takes pictures of 32 pixels only, got 64"):
         open_arm(tiny_timm("vit_tiny_patch16_224"), tmp_path, "lora", image_size=64)
 
@@ -285,13 +285,3 @@ def test_the_head_is_one_linear_layer(tiny_timm: Callable[..., Path], tmp_path: 
     assert built.features_are_shared
     assert built.last_linear is get_last_linear(built.model, built.architecture)
     assert built.last_linear.out_features == 2
-
-
-@every_architecture
-def test_a_stopped_training_ends_as_one_without_a_stop(
-    name: str, tiny_timm: Callable[..., Path], tmp_path: Path
-) -> None:
-    context, recipe = open_arm(tiny_timm(name), tmp_path, "partial", freeze_batchnorm=False)
-    training = {"max_steps": 5, "learning_rate": 1e-3, "bf16": False}
-    finetune = recipe.finetune.model_copy(update={"training": training})
-    check_stopped_training(context, finetune, tmp_path)
