@@ -160,7 +160,7 @@ def init(
     output: Annotated[Path | None, typer.Option(help="the recipe to write")] = None,
 ) -> None:
     """Look at your data and write a commented recipe."""
-    if not source:
+    if source is None or not source.strip():
         raise RecipeError(
             "--source is missing: the pretrained model to start from",
             "Give a hub id (hftl sources lists some), a folder, or package:NAME/FOLDER",

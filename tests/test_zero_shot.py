@@ -233,6 +233,8 @@ def test_training_starts_from_the_zero_shot_head(context: ExperimentContext) -> 
          r"measure\.arms\.zero_shot: .*numbers without words: 0, 1\. .*label_names: \{0: \.\.\."),
         ({"data": {"label_names": {0: "bad"}}, "finetune": {"head_init": "zero_shot"}},
          r"numbers without words: 1\. "),
+        ({"data": {"label_names": {0: "bad", 1: "bad"}}, "finetune": {"head_init": "zero_shot"}},
+         "cannot tell the classes '0' and '1' apart: both are '"),
         ({"data": {"label_names": {2: "bad"}}}, r"data\.label_names: no row has the label '2'"),
         ({"finetune": {"head_init": "zero_shot", "zero_shot": {"descriptions": {"x": "y"}}}},
          r"zero_shot\.descriptions: no row has the label 'x'"),

@@ -325,7 +325,7 @@ def _check_contradiction(source: SourceModel) -> None:
 
 
 def _check_class_words(arm: Arm, context: ExperimentContext) -> None:
-    """Refuse classes whose only words are a number."""
+    """Refuse classes whose only words are a number, and classes of the same words."""
     descriptions = arm.finetune.zero_shot.descriptions
     numbers = [
         label
@@ -339,6 +339,15 @@ def _check_class_words(arm: Arm, context: ExperimentContext) -> None:
             f"are numbers without words: {', '.join(numbers[:3])}",
             f"Say what they mean: data.label_names: {{{example}}}",
         )
+    first_of: dict[frozenset[str], str] = {}
+    for label, texts in list_prompts(context, arm.finetune).items():
+        other = first_of.setdefault(frozenset(texts), label)
+        if other != label:
+            raise RecipeError(
+                f"zero-shot classification cannot tell the classes {other!r} and {label!r} apart: "
+                f"both are {texts[0]!r}",
+                "Give them other words in data.label_names or finetune.zero_shot.descriptions",
+            )
 
 
 def _check_pair(arm: Arm, source: SourceModel, needs_head: bool) -> None:
