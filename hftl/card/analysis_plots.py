@@ -212,7 +212,10 @@ def plot_sweep(facts: SweepAnalysis, path: Path) -> None:
     gains = [[effects[factor, name].gain for name in names] for factor in factors]
     marks = [["*" if effects[f, name].is_clear else "" for name in names] for f in factors]
     rows = ["frozen" if factor == 0 else f"rate x {factor:g}" for factor in factors]
-    _draw_heat_map(figure, upper, gains, marks, rows, names, diverging=True)
+    # Gains within their intervals are pale, however small all of them are.
+    ends = [end for one in facts.parts for end in (one.gain, *(one.ci95 or ())) if end is not None]
+    reach = max(map(abs, ends), default=0.0) or 1.0
+    _draw_heat_map(figure, upper, gains, marks, rows, names, reach)
     upper.set_title(
         f"one part's rate changed: gain of {facts.metric} over {facts.single} at "
         f"{facts.part_share:.0%} of the epochs; * beyond noise", fontsize=9,
@@ -228,7 +231,7 @@ def plot_sweep(facts: SweepAnalysis, path: Path) -> None:
     far = [["" if len(grid[r, d].rungs) < 3 else "o" for d in decays] for r in rates]
     _draw_heat_map(
         figure, lower, scores, far, [f"{rate:.3g}" for rate in rates],
-        ["one rate" if decay == 1 else f"decay {decay:g}" for decay in decays], diverging=False,
+        ["one rate" if decay == 1 else f"decay {decay:g}" for decay in decays],
         reverse=facts.lower_is_better,
     )  # fmt: skip
     lower.set_ylabel("learning rate", fontsize=9)
@@ -241,19 +244,19 @@ def plot_sweep(facts: SweepAnalysis, path: Path) -> None:
 
 def _draw_heat_map(
     figure: Any, axes: Any, values: list[list[float | None]], marks: list[list[str]],
-    rows: list[str], columns: list[str], diverging: bool, reverse: bool = False,
+    rows: list[str], columns: list[str], reach: float | None = None, reverse: bool = False,
 ) -> None:  # fmt: skip
-    """Draw numbers as colours, written into their cells with a mark; None is an empty cell."""
+    """Draw numbers as colours, written into their cells with a mark; None is an empty cell.
+
+    With a `reach` they are differences, white at 0 and darkest there.
+    """
     table = np.array([[np.nan if v is None else v for v in row] for row in values], dtype=float)
-    reach = float(np.nanmax(np.abs(table))) if np.isfinite(table).any() else 1.0
     colours: dict[str, Any] = {"cmap": "Blues_r" if reverse else "Blues"}
-    if diverging:
-        colours = {"cmap": "RdBu", "vmin": -(reach or 1.0), "vmax": reach or 1.0}
+    if reach is not None:
+        colours = {"cmap": "RdBu", "vmin": -reach, "vmax": reach}
     image = axes.imshow(table, aspect="auto", **colours)
     for i, j in np.ndindex(table.shape):
-        text = (
-            "diverged" if np.isnan(table[i, j]) else f"{table[i, j]:{'+' if diverging else ''}.3f}"
-        )
+        text = "diverged" if np.isnan(table[i, j]) else f"{table[i, j]:{'+' if reach else ''}.3f}"
         red, green, blue, _ = image.cmap(image.norm(table[i, j]))
         dark = np.isfinite(table[i, j]) and 0.3 * red + 0.6 * green + 0.1 * blue < 0.45
         axes.text(
