@@ -156,12 +156,13 @@ def check_unlabeled_shares(examined: ExaminedRows) -> Iterator[Finding]:
         worst = int(np.abs(shares[0] - shares[1]).argmax())
         yield Finding(
             kind="label shift",
-            what="the classes that a probe predicts have other shares in data.unlabeled than in "
-            f"train: {context.prepared.names[worst]!r} {shares[1][worst]:.0%} for "
-            f"{shares[0][worst]:.0%}",
+            what="the classes of data.unlabeled have other shares than train's: a probe predicts "
+            f"{context.prepared.names[worst]!r} of {shares[1][worst]:.0%} of its rows, and of "
+            f"{shares[0][worst]:.0%} of train's",
             confidence="likely",
             evidence=f"{len(rows)} rows, p {p_value:.1g}; the inputs may differ too",
-            fix="see hftl distance for the inputs, and hftl predict --prior for the shares",
+            fix="see hftl shift for the shares and the inputs, and hftl predict --prior to correct "
+            "for the shares",
         )
 
 
