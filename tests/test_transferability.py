@@ -145,8 +145,8 @@ def test_nleep_is_leep_of_a_mixture_of_principal_components() -> None:
         )
     ], 1)  # fmt: skip
     posteriors = np.exp(joint - np.logaddexp.reduce(joint, 1, keepdims=True))
-    found = compute_cluster_probabilities(centre(features), 2)
-    np.testing.assert_allclose(found, posteriors, atol=1e-6)
+    own = compute_cluster_probabilities(centre(features), 2)
+    np.testing.assert_allclose(own, posteriors, atol=1e-6)
 
 
 def test_clusters_separate_what_lies_apart() -> None:
