@@ -23,6 +23,7 @@ from hftl.analysis.facts import ProbeAnalysis
 from hftl.analysis.feature_store import FeatureStore
 from hftl.analysis.layer_probe import probe_layers
 from hftl.config.recipe import Recipe
+from hftl.errors import DataError
 from hftl.measure.metrics import METRICS
 from hftl.measure.statistics import assign_blocks, mean_interval
 from hftl.models.layer_features import LayerSite
@@ -64,6 +65,14 @@ def test_the_probe_of_the_recipes_site_is_the_arm_head(
               for n in range(4)]  # fmt: skip
     if facts.similarity.pooling == "mean":
         assert facts.similarity.cka[1][3] == pytest.approx(compute_cka(layers[1], layers[3]))
+
+
+def test_hardly_any_row_is_refused(recipe_tree: dict[str, Any], tmp_path: Path) -> None:
+    recipe_tree["data"]["shots"] = 2
+    recipe = Recipe.parse(recipe_tree)
+    context = bench_of(recipe)
+    with pytest.raises(DataError, match=r"probe: train has 4 rows, fewer than 10"):
+        probe_layers(recipe, context, FeatureStore(context, tmp_path / "features"), 500)
 
 
 def simulate_estimates(trials: int) -> tuple[float, float]:
@@ -167,7 +176,7 @@ def test_probe_command(hftl: Hftl, recipe_file: Path, tmp_path: Path, forwards: 
 def test_probe_of_images_words_and_targets(
     hftl: Hftl, tmp_path: Path, tiny_model: Any, recipe_tree: dict[str, Any]
 ) -> None:
-    recipe = make_image_recipe(pictures(tmp_path / "images", 20), tiny_model("swin"))
+    recipe = make_image_recipe(pictures(tmp_path / "images", 30), tiny_model("swin"))
     context = bench_of(recipe)
     facts = probe_layers(recipe, context, FeatureStore(context, tmp_path / "f"), 500)
     assert {score.width for score in facts.sites} == {8, 16}, "stages have widths of their own"

@@ -299,6 +299,21 @@ def test_prior_is_estimated_or_read_and_said(tmp_path: Path) -> None:
         assert Counter(p["label"] for p in corrected)["yes"] > 640
 
 
+def test_estimated_prior_does_not_follow_probabilities_that_are_too_sure() -> None:
+    """The labels, and so their counts, stay; EM reads shares from the probabilities themselves."""
+    probabilities, _ = draw_scores(np.random.default_rng(5), 800, 0.9)
+    odds = (probabilities[:, 1] / probabilities[:, 0]) ** 3
+    sure = np.stack([1 / (1 + odds), odds / (1 + odds)], axis=1)
+    predictor = make_predictor([[168, 32], [32, 168]])
+    said = []
+    for rows in (probabilities, sure):
+        predictions = [predictor.format_scores(row.tolist()) for row in rows]
+        said.append(correct_predictions(predictor, predictions, "auto")[1].split(";")[0])
+    assert said[0] == said[1]
+    half = np.array([0.5, 0.5])
+    assert abs(np.diff([estimate_em(p, half)[1] for p in (probabilities, sure)])) > 0.01
+
+
 @pytest.mark.parametrize(
     ("confusion", "rows", "prior", "said"),
     [

@@ -14,16 +14,18 @@ from hftl.analysis.estimates import (
 from hftl.analysis.facts import LayerSimilarity, ProbeAnalysis, SiteFacts, SiteGap, SiteScore
 from hftl.analysis.feature_store import FeatureStore, describe_provenance
 from hftl.analysis.nearest import predict_by_neighbours
-from hftl.analysis.out_of_fold import encode_columns, to_logits
+from hftl.analysis.out_of_fold import MIN_ROWS, encode_columns, to_logits
 from hftl.config.finetune import ClassWeight
 from hftl.config.recipe import Recipe
 from hftl.data.rows import Row
 from hftl.data.splits import take_stratified
+from hftl.errors import DataError
 from hftl.finetune.context import ExperimentContext
 from hftl.measure.gain import assign_units
 from hftl.measure.metrics import Metric, find_metric
 from hftl.measure.statistics import assign_blocks
 from hftl.models.layer_features import LayerSite
+from hftl.plurals import count_noun
 from hftl.runtime.progress import track
 
 CKA_ROWS = 500
@@ -39,10 +41,19 @@ def probe_layers(
         context: source and rows.
         store: the features.
         most_rows: training rows, at most; those of validation are as many.
+
+    Raises:
+        DataError: if a probe would be fitted or scored on hardly any row.
     """
     metric = find_metric(recipe.measure.metric, context.prepared.task)
     draws = _draw_train_rows(recipe, context, most_rows)
     held = limit_rows(context, context.prepared.rows["validation"], most_rows, 0)
+    for split, count in (("train", min(map(len, draws))), ("validation", len(held))):
+        if count < MIN_ROWS:
+            raise DataError(
+                f"probe: {split} has {count_noun(count, 'row')}, fewer than {MIN_ROWS}",
+                "Give more rows, raise data.shots, or change the fractions",
+            )
     store.compute([row for rows in [*draws, held] for row in rows])
     labels, units = context.prepared.encode_for_metrics(held), assign_units(held)
     # Two threads solve a few hundred columns in more time than one.

@@ -52,8 +52,12 @@ def format_rank(facts: RankAnalysis) -> str:
         ]
         for one in facts.sources
     ]
+    absent = [
+        name for name in SCORES if all(getattr(one.scores, name) is None for one in facts.sources)
+    ]
+    names = [name for name in SCORES if name not in absent]
     scores = [
-        [one.source, *(format_number(getattr(one.scores, name)) for name in SCORES)]
+        [one.source, *(format_number(getattr(one.scores, name)) for name in names)]
         for one in facts.sources
     ]
     read = (
@@ -67,9 +71,12 @@ def format_rank(facts: RankAnalysis) -> str:
         notes.append(
             f"  without a source, one answer for all rows: {facts.metric} {facts.constant:.3f}"
         )
+    if absent:
+        why = "they score classes" if "gbc" in absent else "no source has a classifier of its own"
+        notes.append(f"  not computed: {', '.join(absent)}; {why}")
     notes += [f"  not read: {one.source}: {one.why}" for one in facts.failed]
     notes += _describe_gap(facts)
-    return "\n".join([render_table(header, rows), render_table(["", *SCORES], scores), *notes])
+    return "\n".join([render_table(header, rows), render_table(["", *names], scores), *notes])
 
 
 def _describe_gap(facts: RankAnalysis) -> list[str]:

@@ -147,9 +147,7 @@ def _list_columns(
     good = iter(rows)
     blank: dict[str, object] = {name: None for name in rows[0]}
     filled = [blank if n in faults else next(good) for n in range(len(table.rows))]
-    columns: dict[str, list[object]] = {
-        name: [row[name] for row in filled] for name in blank
-    }
+    columns: dict[str, list[object]] = {name: [row[name] for row in filled] for name in blank}
     free = name_columns([FAULT_COLUMN], blank, "row.")[FAULT_COLUMN]
     columns[free] = [faults.get(n) for n in range(len(filled))]
     return columns

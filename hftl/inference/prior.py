@@ -11,7 +11,8 @@ from hftl.inference.predict import Prediction, Predictor
 from hftl.measure.shift import (
     MIN_SINGULAR_VALUE,
     correct_probabilities,
-    estimate_shares,
+    estimate_by_counts,
+    estimate_rlls,
     measure_separability,
 )
 
@@ -28,8 +29,8 @@ def correct_predictions(
     Args:
         predictor: of a classifier that says what it confused on validation.
         predictions: of all inputs.
-        prior: `auto` to estimate the shares from the predictions, or a file of JSON, a share by
-            label.
+        prior: `auto` to estimate the shares from the predicted labels (`estimate_rlls`), or a file
+            of JSON, a share by label.
 
     Raises:
         RecipeError: if the model has no such counts, or the file does not give every label a share.
@@ -53,7 +54,10 @@ def correct_predictions(
         )
     if prior == AUTO:
         _check_separability(confusion, len(predictions))
-        estimate = estimate_shares(confusion, probabilities)
+        # Counts of labels need no probabilities that are calibrated class by class, which one
+        # temperature does not make them: EM follows their lean, and overshoots by it.
+        predicted = np.bincount(probabilities.argmax(1), minlength=len(names))
+        estimate = estimate_by_counts(estimate_rlls, confusion, predicted)
         shares, intervals = estimate.shares, estimate.interval
     else:
         shares, intervals = _read_shares(Path(prior), names), None
