@@ -30,6 +30,7 @@ from hftl.config.recipe import Recipe
 from hftl.data.general import load_general
 from hftl.data.rows import InputSpec
 from hftl.errors import DataWarning, RunFolderError
+from hftl.finetune import baselines
 from hftl.finetune.arm import train_arm
 from hftl.finetune.arm_files import ArmOutput
 from hftl.finetune.baselines import train_scratch
@@ -477,6 +478,33 @@ def test_changed_recipe_source_and_processes_are_refused_after_a_stop(
         (run / "checkpoints" / name / "step-3").mkdir(parents=True)
     hftl.run(recipe, run, until="finetune")
     assert not (run / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(("seed", "trained"), [(0, []), (1, [1])])
+def test_seed_is_predicted_by_a_trial_of_its_own_alone(
+    seed: int, trained: list[int], recipe_tree: dict[str, Any], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A run that was killed after its search may go on with another first seed."""
+    recipe_tree["finetune"]["strategy"] = "head"
+    recipe_tree["measure"] |= {"arms": ["scratch"], "seeds": [0], "parallel": "data"}
+    seeds: list[int] = []
+
+    def kill(*_: Any) -> None:
+        raise RuntimeError("killed")
+
+    def train(context: Any, finetune: Any, search: Any, chosen: Any, seed: int, *rest: Any) -> Any:
+        seeds.append(seed)
+        return train_scratch(context, finetune, search, chosen, seed, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(baselines, "predict_tried", kill)
+        hftl.run(Recipe.parse(recipe_tree), tmp_path / "run", until="finetune")
+    recipe_tree["measure"]["seeds"] = [seed]
+    monkeypatch.setattr(baselines, "train_scratch", train)
+    hftl.run(Recipe.parse(recipe_tree), tmp_path / "run", until="finetune")
+    assert seeds == trained
+    assert (tmp_path / "run" / "arms" / f"scratch-seed{seed}").exists()
 
 
 @pytest.mark.slow

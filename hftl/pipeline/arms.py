@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -266,7 +266,7 @@ def search_scratch_rate(run: Run, context: ExperimentContext, job: Job) -> Scrat
             with run_folder.commit_stage(_get_search_folder(run), job.reads) as aside:
                 run_folder.write_text(aside / "search.json", to_json(search.to_dict()))
             chosen = _get_trial_folder(run, search.learning_rate, search.share)
-            for folder in _get_tries_folder(run).iterdir():
+            for folder in _get_tries_folder(run).glob("*/"):
                 if folder != chosen:
                     shutil.rmtree(folder)
 
@@ -295,10 +295,11 @@ def _try_rate_once(
 ) -> TriedRate:  # fmt: skip
     """Return what a learning rate has come to over a share of the budget, tried where no process
     has done so. Collective."""
-    stage, reads = _get_trial_folder(run, rate, share), _build_trial_inputs(job, rate, share)
+    trained_as = {"seed": run.recipe.measure.seeds[0], "rate": rate, "share": share}
+    stage, reads = _get_trial_folder(run, rate, share), {**job.reads, **trained_as}
     if distributed.broadcast_from_main(lambda: run_folder.read_stage_inputs(stage)) != reads:
         training, processes = job.arm.finetune.training, distributed.get_world_size()
-        key = {**build_checkpoint_key(job.reads, training, processes), "rate": rate, "share": share}
+        key = {**build_checkpoint_key(job.reads, training, processes), **trained_as}
         steps = stage.with_name(f"steps-{stage.name}")
         trial = attempt(CheckpointSpec(steps, key))
 
@@ -315,14 +316,11 @@ def _find_trial(run: Run, job: Job, chosen: ScratchSearch) -> Path | None:
     """Return the folder of the trial that has trained what this job is to; None: there is none."""
     if job.seed != run.recipe.measure.seeds[0]:
         return None
-    stage = _get_trial_folder(run, chosen.learning_rate, chosen.share)
-    reads = _build_trial_inputs(job, chosen.learning_rate, chosen.share)
+    rate, share = chosen.learning_rate, chosen.share
+    stage = _get_trial_folder(run, rate, share)
+    # The recipe's first seed may be another than that of the search.
+    reads = {**job.reads, "seed": job.seed, "rate": rate, "share": share}
     return stage if run_folder.read_stage_inputs(stage) == reads else None
-
-
-def _build_trial_inputs(job: Job, rate: float, share: float) -> Mapping[str, object]:
-    """Return what a trial depends on."""
-    return {**job.reads, "rate": rate, "share": share}
 
 
 def _get_trial_folder(run: Run, rate: float, share: float) -> Path:

@@ -15,7 +15,7 @@ class ArmCost:
         seed: one training with its predictions, or one solution.
         rate: trying one learning rate, where they are searched.
         choice: what else is tried before the seeds: all weights of KL where one is chosen, the
-            whole budget of scratch.
+            whole budget of scratch, less the training that it spares the first seed.
     """
 
     seed: float
