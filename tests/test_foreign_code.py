@@ -8,22 +8,23 @@ import pytest
 from conftest import write_csv
 from support.planted_defects import reconfigure, rewrite, save, wrapped
 from support.tiny import save_tiny, tiny_tokenizer
+from transformers import AutoTokenizer
 
 import hftl
 from hftl.config.section import Source
 from hftl.errors import HftlError, RecipeError, RunFolderError
 from hftl.inference.compare import compare_models
+from hftl.models import foreign_code
 from hftl.models.foreign_code import find_foreign_setting
 from hftl.models.heads import build_model
 from hftl.models.source import find_source, load_tokenizer
 
 LORA = {"target_modules": ["query"], "task_type": "SEQ_CLS"}
-EVIL = {"parent_library": "evil", "base_model_class": "os"}
-SETTINGS: list[tuple[str, dict[str, Any], str | None]] = [
+SETTINGS: list[tuple[str, Any, str | None]] = [
     ("adapter_config.json", {"megatron_config": {"a": 1}, "megatron_core": "megatron.evil"},
      "megatron_config"),
     ("adapter_config.json", {"megatron_core": "evil"}, "megatron_core"),
-    ("adapter_config.json", {"auto_mapping": EVIL}, "imports 'evil'"),
+    ("adapter_config.json", {"auto_mapping": {"parent_library": "__main__"}}, None),
     ("adapter_config.json", {"tokenizer_kwargs": {"trust_remote_code": True}}, "tokenizer_kwargs"),
     ("adapter_config.json", {"megatron_config": None, "megatron_core": "megatron.core"}, None),
     ("config.json", {"attn_implementation": "evil/kernel"}, "evil/kernel"),
@@ -32,8 +33,16 @@ SETTINGS: list[tuple[str, dict[str, Any], str | None]] = [
     ("config.json", {"attn_implementation": "sdpa", "model_args": {"depth": 2}}, None),
     ("config.json", {"model_args": {"checkpoint_path": "/etc/passwd"}}, "checkpoint_path"),
     ("config.json", {"model_args": {"pretrained_cfg": {"file": "x"}}}, "pretrained_cfg"),
+    ("config.json", {"vision_config": {"model_args": {"checkpoint_path": "x"}}}, "checkpoint_path"),
     ("tokenizer_config.json", {"vocab_file": "../../.env"}, "vocab_file"),
     ("tokenizer_config.json", {"special_tokens_map_file": "/home/me/map.json"}, None),
+    ("tokenizer_config.json", {"fast_tokenizer_files": ["../tokenizer.4.json"]}, "../tokenizer.4"),
+    ("tokenizer_config.json", {"fast_tokenizer_files": ["tokenizer.4.json"]}, None),
+    ("tokenizer_config.json", {"vocab": ".env"}, "vocab"),
+    ("tokenizer_config.json", {"merges": ["a b"]}, None),
+    ("special_tokens_map.json", {"tokenizer_file": "x.json"}, "tokenizer_file"),
+    ("special_tokens_map.json", {"vocab": ".env"}, "vocab"),
+    ("special_tokens_map.json", {"cls_token": "[CLS]"}, None),
     ("tokenizer_config.json", {"chat_template": [{"name": "../x", "template": ""}]}, "../x"),
     ("tokenizer_config.json", {"chat_template": "{{ messages }}"}, None),
     ("model.safetensors.index.json", {"weight_map": {"a": "../x.safetensors"}}, "../x.safetensors"),
@@ -48,6 +57,31 @@ def test_setting_that_loads_something_foreign_is_found(
     (tmp_path / file).write_text(json.dumps(settings))
     fault = find_foreign_setting(tmp_path)
     assert fault is None if words is None else fault and file in fault and words in fault
+
+
+def test_settings_too_large_to_be_looked_through_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"attn_implementation": "evil/kernel"}))
+    monkeypatch.setattr(foreign_code, "MAX_SETTINGS_BYTES", 20)
+    assert find_foreign_setting(tmp_path) == "config.json is larger than 20 bytes"
+
+
+def test_vocabulary_that_the_map_of_special_tokens_names_is_not_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers puts the keys of this file in the place of the tokenizer's own arguments."""
+    base = save_tiny("bert", tmp_path / "base")
+    words = sorted(load_tokenizer(find_source(Source(model=str(base)))).get_vocab())
+    (base / "vocab.txt").write_text("\n".join(words))
+    (tmp_path / ".env").write_text("\n".join([*words, "secret"]))
+    monkeypatch.chdir(tmp_path)
+    (base / "tokenizer.json").unlink()
+    rewrite(base / "tokenizer_config.json", tokenizer_class="BertTokenizer")
+    rewrite(base / "special_tokens_map.json", vocab=".env")
+    assert "secret" in AutoTokenizer.from_pretrained(base).get_vocab()
+    with pytest.raises(RecipeError, match=r"special_tokens_map\.json: vocab names a file"):
+        find_source(Source(model=str(base)))
 
 
 @pytest.mark.parametrize("name", ["vocab.txt", "additional_chat_templates/x.jinja"])

@@ -29,9 +29,14 @@ weights, or say where they lie."""
 LEFT_FILE_KEYS = (
     "special_tokens_map_file", "tokenizer_file", "added_tokens_file", "tokenizer_config_file",
 )  # fmt: skip
-"""Keys in which older transformers left paths of the machine that saved the tokenizer; no loader
-reads them."""
-READ_SETTINGS = ("adapter_config.json", "config.json", "tokenizer_config.json")
+"""Keys of tokenizer_config.json in which older transformers left paths of the machine that saved
+the tokenizer; no loader reads them there."""
+VOCABULARY_KEYS = ("vocab", "merges")
+"""Keys of a tokenizer's settings under which a text is the name of a file, which transformers opens
+from the working directory."""
+TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
+"""Files whose keys are arguments of the tokenizer; those of the second one win."""
+READ_SETTINGS = ("adapter_config.json", "config.json", *TOKENIZER_SETTINGS)
 READ_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 TEMPLATES = "additional_chat_templates"
 MAX_SETTINGS_BYTES = 20_000_000
@@ -73,11 +78,14 @@ def list_imports(settings: Mapping[str, object]) -> Iterator[tuple[str, str]]:
 
 
 def list_timm_loads(settings: Mapping[str, object]) -> Iterator[tuple[str, str]]:
-    """Yield each argument for timm in a config.json that loads a file, and what it does."""
-    arguments = settings.get("model_args")
-    for key in TIMM_LOADING_KEYS:
-        if isinstance(arguments, dict) and arguments.get(key) not in (None, False, "", {}):
-            yield f"model_args.{key}", f"model_args.{key} makes timm load what it names"
+    """Yield each argument for timm that loads a file, at any depth of a config.json: the image half
+    of a vision-language model may be timm's."""
+    for name, arguments in walk_items(settings):
+        if name != "model_args" or not isinstance(arguments, dict):
+            continue
+        for key in TIMM_LOADING_KEYS:
+            if arguments.get(key) not in (None, False, "", {}):
+                yield f"model_args.{key}", f"model_args.{key} makes timm load what it names"
 
 
 def find_outside_shard(index: Mapping[str, object]) -> str | None:
@@ -100,8 +108,12 @@ def find_outside_template(settings: Mapping[str, object]) -> str | None:
 
 
 def names_outside_file(key: str, value: object) -> bool:
-    """Return whether a setting names a file that may lie outside of its folder."""
-    return key.endswith("_file") and isinstance(value, str) and leaves_folder(value)
+    """Return whether a setting names a file, or one of a list, that may lie outside its folder."""
+    if key in VOCABULARY_KEYS:
+        return isinstance(value, str)
+    names = value if isinstance(value, list) else [value]
+    texts = [name for name in names if isinstance(name, str)]
+    return key.endswith(("_file", "_files")) and any(map(leaves_folder, texts))
 
 
 def find_foreign_setting(folder: Path, may_link: bool = False) -> str | None:
@@ -119,6 +131,8 @@ def find_foreign_setting(folder: Path, may_link: bool = False) -> str | None:
         if not may_link and _is_outside_link(path, folder):
             return f"{name} is a link that leads out of the folder"
         if name in READ_SETTINGS or name.endswith(".index.json"):
+            if path.exists() and path.stat().st_size > MAX_SETTINGS_BYTES:
+                return f"{name} is larger than {MAX_SETTINGS_BYTES:,} bytes"
             why = _find_fault(name, _read_settings(path))
             if why is not None:
                 return f"{name}: {why}"
@@ -144,7 +158,7 @@ def _is_outside_link(path: Path, folder: Path) -> bool:
 def _read_settings(path: Path) -> Mapping[str, object]:
     """Return a mapping in JSON; an empty one where it cannot be read, which its loader reports."""
     try:
-        content = read_json(path) if path.stat().st_size <= MAX_SETTINGS_BYTES else None
+        content = read_json(path)
     except (OSError, UnreadableJsonError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -155,15 +169,14 @@ def _find_fault(name: str, settings: Mapping[str, object]) -> str | None:
         shard = find_outside_shard(settings)
         return shard and f"names a file outside of the folder: {shard}"
     if name == "adapter_config.json":
-        return next((what for _, what in list_imports(settings)), None)
+        # AutoPeftModel alone imports what auto_mapping names, and is not used here; it names
+        # __main__ where a script has defined the base's class.
+        faults = (what for key, what in list_imports(settings) if key != "auto_mapping")
+        return next(faults, None)
     if name == "config.json":
         return _find_config_fault(settings)
-    if name == "tokenizer_config.json":
-        for key, value in settings.items():
-            if key not in LEFT_FILE_KEYS and names_outside_file(key, value):
-                return f"{key} names a file outside of the folder: {value}"
-        template = find_outside_template(settings)
-        return template and f"chat_template would be written to {template}"
+    if name in TOKENIZER_SETTINGS:
+        return _find_tokenizer_fault(settings, is_config=name == TOKENIZER_SETTINGS[0])
     return None
 
 
@@ -172,3 +185,16 @@ def _find_config_fault(settings: Mapping[str, object]) -> str | None:
         if names_kernel(key, value):
             return f"{key} makes the loader run code of {value}"
     return next((what for _, what in list_timm_loads(settings)), None)
+
+
+def _find_tokenizer_fault(settings: Mapping[str, object], is_config: bool) -> str | None:
+    for key, value in settings.items():
+        if is_config:
+            is_outside = key not in LEFT_FILE_KEYS and names_outside_file(key, value)
+        else:
+            # It holds tokens, and what it names would be opened from the working directory.
+            is_outside = key in VOCABULARY_KEYS or key.endswith("_file")
+        if is_outside:
+            return f"{key} names a file outside of the folder: {value}"
+    template = find_outside_template(settings)
+    return template and f"chat_template would be written to {template}"
