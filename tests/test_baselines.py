@@ -106,13 +106,13 @@ def test_chosen_trial_is_what_scratch_would_train(bert: Path, tmp_path: Path, ta
         return baselines.read_trial_score(folder)
 
     chosen = baselines.search_rate(context, section, search, 0, attempt=keep)
-    tried = baselines.predict_tried(context, section, 0, tmp_path / f"{chosen.share:.1f}")
+    trial = baselines.predict_trial(context, section, 0, tmp_path / f"{chosen.share:.1f}")
     trained = baselines.train_scratch(context, section, search, chosen, 0)
-    assert tried.weights.keys() == trained.weights.keys()
-    assert all(torch.equal(tried.weights[name], trained.weights[name]) for name in tried.weights)
-    assert all((tried.logits[split] == trained.logits[split]).all() for split in tried.logits)
-    assert tried.facts == trained.facts
-    assert tried.trainable_parameters == trained.trainable_parameters
+    assert trial.weights.keys() == trained.weights.keys()
+    assert all(torch.equal(trial.weights[name], trained.weights[name]) for name in trial.weights)
+    assert all((trial.logits[split] == trained.logits[split]).all() for split in trial.logits)
+    assert trial.facts == trained.facts
+    assert trial.trainable_parameters == trained.trainable_parameters
 
 
 @pytest.mark.parametrize(

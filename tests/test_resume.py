@@ -498,7 +498,7 @@ def test_seed_is_predicted_by_a_trial_of_its_own_alone(
         return train_scratch(context, finetune, search, chosen, seed, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        patch.setattr(baselines, "predict_tried", kill)
+        patch.setattr(baselines, "predict_trial", kill)
         hftl.run(Recipe.parse(recipe_tree), tmp_path / "run", until="finetune")
     recipe_tree["measure"]["seeds"] = [seed]
     monkeypatch.setattr(baselines, "train_scratch", train)

@@ -212,7 +212,7 @@ def train_scratch(
     return predict_trained(context, trained, compared=False)
 
 
-def predict_tried(
+def predict_trial(
     context: ExperimentContext, finetune: Finetune, seed: int, folder: Path
 ) -> ArmOutput:
     """Predict with the model of a trial, which is what `train_scratch` would train for its seed."""
@@ -227,7 +227,7 @@ def predict_tried(
 
 
 def write_trial(folder: Path, trial: Trial) -> None:
-    """Write a trial's score, and its model for `predict_tried`."""
+    """Write a trial's score, and its model for `predict_trial`."""
     facts, trained = TrialFacts(score=trial.score), trial.trained
     if trained is not None:
         save_file(collect_trained_tensors(trained.built), folder / WEIGHTS)

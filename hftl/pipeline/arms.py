@@ -118,7 +118,7 @@ def _check_unfinished(run: Run, jobs: Sequence[Job], sharing: int) -> None:
         key = build_checkpoint_key(job.reads, job.arm.finetune.training, sharing)
         check_unfinished(run.folder, run.checkpoints(job.arm.name, job.seed), key)
         if job.arm.spec.schedule == "rate_search":
-            check_unfinished(run.folder, _get_tries_folder(run), key)
+            check_unfinished(run.folder, _get_trials_folder(run), key)
 
 
 def _run_one(run: Run, context: ExperimentContext, job: Job, count: str) -> None:
@@ -237,7 +237,7 @@ def _run_arm(run: Run, context: ExperimentContext, job: Job) -> ArmOutput:
         trained_as = {"rate": chosen.learning_rate, "share": chosen.share}
         trial = distributed.broadcast_from_main(lambda: _find_trial(run, job, chosen))
         if trial is not None:
-            return baselines.predict_tried(context, arm.finetune, seed, trial)
+            return baselines.predict_trial(context, arm.finetune, seed, trial)
         return baselines.train_scratch(
             context, arm.finetune, run.recipe.measure.scratch, chosen, seed,
             replace(checkpoints, cache_key={**key, **trained_as}),
@@ -266,7 +266,7 @@ def search_scratch_rate(run: Run, context: ExperimentContext, job: Job) -> Scrat
             with run_folder.commit_stage(_get_search_folder(run), job.reads) as aside:
                 run_folder.write_text(aside / "search.json", to_json(search.to_dict()))
             chosen = _get_trial_folder(run, search.learning_rate, search.share)
-            for folder in _get_tries_folder(run).glob("*/"):
+            for folder in _get_trials_folder(run).glob("*/"):
                 if folder != chosen:
                     shutil.rmtree(folder)
 
@@ -324,12 +324,12 @@ def _find_trial(run: Run, job: Job, chosen: ScratchSearch) -> Path | None:
 
 
 def _get_trial_folder(run: Run, rate: float, share: float) -> Path:
-    return _get_tries_folder(run) / f"rate-{rate:.6g}-{share:.2g}"
+    return _get_trials_folder(run) / f"rate-{rate:.6g}-{share:.2g}"
 
 
 def _get_search_folder(run: Run) -> Path:
     return run.folder / "phases" / "search"
 
 
-def _get_tries_folder(run: Run) -> Path:
+def _get_trials_folder(run: Run) -> Path:
     return run.folder / "checkpoints" / "rates"
