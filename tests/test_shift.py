@@ -208,6 +208,15 @@ def test_intervals_by_counts_hold_the_share_and_are_no_wider_than_they_need_be()
     assert np.mean(widths) / 3.92 == pytest.approx(np.std(shares), rel=0.25)
 
 
+def test_classes_that_a_draw_predicts_alike_have_wide_intervals() -> None:
+    """Of a hundred rows a class some draws of the bootstrap have the same counts for both."""
+    confusion, predicted = np.array([[56, 44], [44, 56]]), np.array([30, 20])
+    for estimate in (estimate_bbse, estimate_rlls):
+        shares = estimate_by_counts(estimate, confusion, predicted)
+        assert shares.shares.sum() == pytest.approx(1)
+        assert (shares.interval[:, 1] - shares.interval[:, 0] > 0.4).all()
+
+
 def test_stored_shares_of_rebalanced_movies_are_near_held_and_worth_correcting() -> None:
     stored = json.loads(label_shift.RESULT.read_text("utf-8"))
     draws = stored["draws"]

@@ -47,8 +47,11 @@ def estimate_bbse(confusion: np.ndarray, predicted: np.ndarray) -> np.ndarray:
         confusion: (true, predicted) counts of labelled rows.
         predicted: (classes,) counts, or summed probabilities, of the unlabelled ones.
     """
-    shares = np.linalg.solve(compute_conditionals(confusion), predicted / predicted.sum())
-    shares = np.clip(shares, 0, None)
+    # A draw of a bootstrap may have classes that are predicted alike, which share alike then.
+    solution = np.linalg.lstsq(
+        compute_conditionals(confusion), predicted / predicted.sum(), rcond=None
+    )
+    shares = np.clip(solution[0], 0, None)
     return shares / shares.sum()
 
 
@@ -169,7 +172,7 @@ def _draw(estimate: Callable[[], np.ndarray], draws: int = DRAWS) -> np.ndarray:
 
 def _resample(confusion: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Return counts of as many rows of each class, drawn again; every cell has half a row more, so
-    that no draw is singular."""
+    that a mistake which no row has shown may be drawn."""
     counts = confusion + 0.5
     return np.stack([
         rng.multinomial(int(row.sum()), smooth / smooth.sum()) + 1e-3
