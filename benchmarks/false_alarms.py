@@ -359,9 +359,9 @@ def judge_calibration(runs: int) -> list[dict[str, Any]]:
     results = []
     for classes, rows, validation in itertools.product((2, 5), (400, 2000), (None, 40, 400)):
         rng = np.random.default_rng([classes, rows, validation or 0])
-        given = None if validation else find_temperature(rng, classes, CALIBRATION_MARGIN)
+        harmful = None if validation else find_temperature(rng, classes, CALIBRATION_MARGIN)
         alarms = sum(
-            has_worse_calibration(rng, classes, rows, validation, given) for _ in range(runs)
+            has_worse_calibration(rng, classes, rows, validation, harmful) for _ in range(runs)
         )
         setting = {"classes": classes, "rows": rows, "validation_rows": validation}
         results.append(setting | {"runs": runs, "alarms": alarms})
@@ -390,7 +390,7 @@ def find_temperature(rng: np.random.Generator, classes: int, worse: float) -> fl
 
 def has_worse_calibration(
     rng: np.random.Generator, classes: int, rows: int, validation: int | None,
-    given: float | None = None,
+    temperature: float | None = None,
 ) -> bool:  # fmt: skip
     """Return whether the verdict on a drawn run says that calibration made probabilities worse.
 
@@ -398,11 +398,10 @@ def has_worse_calibration(
         rng: of the draws.
         classes: of the task.
         rows: of test.
-        validation: rows that the temperature is fitted on; None: it is `given`.
-        given: a temperature.
+        validation: rows that a temperature is fitted on; None: none is.
+        temperature: that logits are divided by where none is fitted; None: 1.
     """
     logits, labels = draw_logits(rng, rows, classes)
-    temperature = given
     if validation is not None:
         temperature = fit_temperature(*draw_logits(rng, validation, classes), PRIOR_SPREAD)
     squares = [
