@@ -61,7 +61,7 @@ def test_scratch_trains_as_long_as_validation_prefers_at_its_own_rate(
         assert all(p.requires_grad for p in built.model.parameters())
         if training["num_train_epochs"] == 12 and whole == "diverged":
             raise NumericError("NaN", "Lower it")
-        return TrainedModel(built, None, TrainingFacts(), 0.0)
+        return TrainedModel(built, None, TrainingFacts(), {})
 
     def predict_split(context: Any, built: Any, scale: Any, split: str) -> np.ndarray:
         predicted.append(split)
@@ -102,7 +102,7 @@ def test_chosen_trial_is_what_scratch_would_train(bert: Path, tmp_path: Path, ta
 
     def keep(rate: float, share: float, make: Any) -> TriedRate:
         (folder := tmp_path / f"{share:.1f}").mkdir()
-        baselines.write_trial(folder, make(None))
+        baselines.write_trial(folder, make(None), {"energy_kwh": 0.5})
         return baselines.read_trial_score(folder)
 
     chosen = baselines.search_rate(context, section, search, 0, attempt=keep)

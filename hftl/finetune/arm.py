@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -94,8 +94,7 @@ class TrainedModel:
     built: LoadedModel
     scale: TargetScale | None
     facts: TrainingFacts
-    seconds: float
-    timings: dict[str, float] = field(default_factory=dict[str, float])
+    timings: dict[str, float]
     note: str = ""
 
 
@@ -163,8 +162,8 @@ def fit_model(
         facts = facts.merge(TrainingFacts(interpolation=chosen))
     if measure_forgetting is not None:
         facts = facts.merge(TrainingFacts(forgotten=measure_forgetting(built)))
-    seconds = time.perf_counter() - started
-    return TrainedModel(built, scale, facts, seconds, prefix.timings, prefix.line)
+    timings = {"train_seconds": time.perf_counter() - started, **prefix.timings}
+    return TrainedModel(built, scale, facts, timings, prefix.line)
 
 
 @dataclass(frozen=True)
@@ -343,8 +342,7 @@ def predict_trained(
         collect_trained_tensors(built),
         count_trainable_parameters(built.model),
         trained.facts,
-        {"train_seconds": trained.seconds, "predict_seconds": time.perf_counter() - started}
-        | trained.timings,
+        {**trained.timings, "predict_seconds": time.perf_counter() - started},
         embed_compared_rows(context, built, features) if compared else {},
         trained.note,
     )

@@ -5,7 +5,7 @@ where validation prefers that, so that the gain is not one over a straw man.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -222,16 +222,17 @@ def predict_trial(
     if tried.training is None:
         raise RuntimeError(f"{folder}: the chosen trial diverged")
     scale = context.compute_target_scale(seed)
-    trained = TrainedModel(built, scale, tried.training, tried.seconds)
+    trained = TrainedModel(built, scale, tried.training, tried.timings)
     return predict_trained(context, trained, compared=False)
 
 
-def write_trial(folder: Path, trial: Trial) -> None:
-    """Write a trial's score, and its model for `predict_trial`."""
+def write_trial(folder: Path, trial: Trial, energy: Mapping[str, float]) -> None:
+    """Write a trial's score, and its model, with what it spent, for `predict_trial`."""
     facts, trained = TrialFacts(score=trial.score), trial.trained
     if trained is not None:
         save_file(collect_trained_tensors(trained.built), folder / WEIGHTS)
-        facts = facts.model_copy(update={"training": trained.facts, "seconds": trained.seconds})
+        timings = {**trained.timings, **energy}
+        facts = facts.model_copy(update={"training": trained.facts, "timings": timings})
     run_folder.write_text(folder / TRIAL_FILE, to_json(facts.to_dict()))
 
 

@@ -129,7 +129,7 @@ def find_foreign_setting(folder: Path, may_link: bool = False) -> str | None:
     for path in _list_read_files(folder):
         name = path.relative_to(folder).as_posix()
         if not may_link and _is_outside_link(path, folder):
-            return f"{name} is a link that leads out of the folder"
+            return f"{name} is a link that leads out of the folder, and no file of it"
         if name in READ_SETTINGS or name.endswith(".index.json"):
             if path.exists() and path.stat().st_size > MAX_SETTINGS_BYTES:
                 return f"{name} is larger than {MAX_SETTINGS_BYTES:,} bytes"
@@ -147,12 +147,16 @@ def _list_read_files(folder: Path) -> list[Path]:
 
 
 def _is_outside_link(path: Path, folder: Path) -> bool:
-    """Return whether a file is a link that leads out of a folder, but for the hub's own cache."""
+    """Return whether a file is a link that leads out of a folder, but for one into a hub's cache.
+
+    A snapshot of the cache is made of such links, and older clients put them into folders of one's
+    own.
+    """
     if not path.is_symlink():
         return False
-    home, target = folder.resolve(), path.resolve()
-    is_cached = home.parent.name == "snapshots" and target.parent == home.parent.parent / "blobs"
-    return not is_cached and not target.is_relative_to(home)
+    target = path.resolve()
+    is_cached = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+    return not is_cached and not target.is_relative_to(folder.resolve())
 
 
 def _read_settings(path: Path) -> Mapping[str, object]:

@@ -104,9 +104,9 @@ def _do_task(run: Run, contexts: ArmContexts, task: Task, report_arm: Any, share
     if task.kind == "train":
         run_job(run, context, job, report_arm, sharers)
     elif task.kind == "rate":
-        try_scratch_rate(run, context, job, task.rate)
+        try_scratch_rate(run, context, job, task.rate, sharers)
     elif task.kind == "search":
-        search_scratch_rate(run, context, job)
+        search_scratch_rate(run, context, job, sharers)
     else:
         choose_kl_weight(run, context, job.arm, job.reads)
 

@@ -195,9 +195,13 @@ def run_job(
             lambda: _commit_arm(run, context, job, _run_arm(run, context, job), report, started)
         )
         return
+    if job.arm.spec.schedule == "rate_search":
+        # What its trials spend is measured trial by trial, whichever process makes them.
+        search_scratch_rate(run, context, job, sharers)
     with measure_energy(sharers) as energy:
         outcome = _run_arm(run, context, job)
-    outcome.timings |= energy
+    for name, spent in energy.items():
+        outcome.timings[name] = outcome.timings.get(name, 0.0) + spent
     distributed.broadcast_from_main(
         lambda: _commit_arm(run, context, job, outcome, report, started)
     )
@@ -233,7 +237,7 @@ def _run_arm(run: Run, context: ExperimentContext, job: Job) -> ArmOutput:
     key = build_checkpoint_key(job.reads, arm.finetune.training, distributed.get_world_size())
     checkpoints = CheckpointSpec(run.checkpoints(arm.name, seed), key)
     if arm.spec.schedule == "rate_search":
-        chosen = search_scratch_rate(run, context, job)
+        chosen = run.read_scratch_search()
         trained_as = {"rate": chosen.learning_rate, "share": chosen.share}
         trial = distributed.broadcast_from_main(lambda: _find_trial(run, job, chosen))
         if trial is not None:
@@ -254,12 +258,17 @@ def _run_arm(run: Run, context: ExperimentContext, job: Job) -> ArmOutput:
     return output
 
 
-def search_scratch_rate(run: Run, context: ExperimentContext, job: Job) -> ScratchSearch:
-    """Return scratch's learning rate and length, searched once on the first seed. Collective."""
+def search_scratch_rate(
+    run: Run, context: ExperimentContext, job: Job, sharers: int = 1
+) -> None:
+    """Search scratch's learning rate and length once, on the first seed. Collective.
+
+    `sharers` as of `measure_energy`.
+    """
     if not distributed.broadcast_from_main(lambda: is_rate_chosen(run, job)):
         search = baselines.search_rate(
             context, job.arm.finetune, run.recipe.measure.scratch, run.recipe.measure.seeds[0],
-            run.say, partial(_try_rate_once, run, job),
+            run.say, partial(_try_rate_once, run, job, sharers),
         )  # fmt: skip
 
         def keep() -> None:
@@ -272,7 +281,6 @@ def search_scratch_rate(run: Run, context: ExperimentContext, job: Job) -> Scrat
 
         distributed.broadcast_from_main(keep)
         run.say(f"  scratch: {describe_scratch_search(search)}")
-    return run.read_scratch_search()
 
 
 def is_rate_chosen(run: Run, job: Job) -> bool:
@@ -281,16 +289,21 @@ def is_rate_chosen(run: Run, job: Job) -> bool:
     return {**stored, "asked": job.reads.get("asked")} == job.reads
 
 
-def try_scratch_rate(run: Run, context: ExperimentContext, job: Job, rate: float) -> None:
-    """Try one of the learning rates that the recipe gives, for the search to read. Collective."""
+def try_scratch_rate(
+    run: Run, context: ExperimentContext, job: Job, rate: float, sharers: int = 1
+) -> None:
+    """Try one of the learning rates that the recipe gives, for the search to read. Collective.
+
+    `sharers` as of `measure_energy`.
+    """
     baselines.try_given_rate(
         context, job.arm.finetune, run.recipe.measure.scratch, rate,
-        run.recipe.measure.seeds[0], run.say, partial(_try_rate_once, run, job),
+        run.recipe.measure.seeds[0], run.say, partial(_try_rate_once, run, job, sharers),
     )  # fmt: skip
 
 
 def _try_rate_once(
-    run: Run, job: Job, rate: float, share: float,
+    run: Run, job: Job, sharers: int, rate: float, share: float,
     attempt: Callable[[CheckpointSpec | None], Trial],
 ) -> TriedRate:  # fmt: skip
     """Return what a learning rate has come to over a share of the budget, tried where no process
@@ -301,11 +314,12 @@ def _try_rate_once(
         training, processes = job.arm.finetune.training, distributed.get_world_size()
         key = {**build_checkpoint_key(job.reads, training, processes), **trained_as}
         steps = stage.with_name(f"steps-{stage.name}")
-        trial = attempt(CheckpointSpec(steps, key))
+        with measure_energy(sharers) as energy:
+            trial = attempt(CheckpointSpec(steps, key))
 
         def keep() -> None:
             with run_folder.commit_stage(stage, reads) as aside:
-                baselines.write_trial(aside, trial)
+                baselines.write_trial(aside, trial, energy)
             shutil.rmtree(steps, ignore_errors=True)
 
         distributed.broadcast_from_main(keep)

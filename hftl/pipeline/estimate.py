@@ -95,18 +95,18 @@ def estimate_arm(
     seconds = own + measured * costs.predict
     seconds += embedded * costs.predict if arm.spec.changes_encoder else 0
     # What is tried to choose a rate or a weight is predicted on validation alone.
-    rate = choice = 0.0
+    rate = choice = spared = 0.0
     if arm.spec.schedule == "rate_search":
         rate = SEARCH_SHARE * own + validation * costs.predict
+        choice = own + validation * costs.predict
         # The seeds train for a third of the budget or for all of it; the first one has done so in
         # the search.
-        spared = own * (1 - SEARCH_SHARE) / 2
-        seconds -= spared
-        choice = spared + validation * costs.predict
+        spared = own * (1 + SEARCH_SHARE) / 2
+        seconds += spared - own
     if arm.retain is not None and arm.retain.has_auto_weight:
         rows = validation + len(list_selection_rows(context))
         choice = len(weight_grid.WEIGHT_GRID) * (own + rows * costs.predict)
-    return ArmCost(seconds, rate, choice)
+    return ArmCost(seconds, rate, choice, spared)
 
 
 def estimate_trained_arms(
@@ -150,7 +150,7 @@ def estimate_seconds(
         arm = next(arm for arm in jobs if arm.name == name)
         cost = estimate_arm(context, arm, recipe, costs, processes)
         rates = len(recipe.measure.scratch.learning_rates)
-        seconds += seeds * cost.seed + rates * cost.rate + cost.choice
+        seconds += seeds * cost.seed + rates * cost.rate + cost.choice - cost.spared
     return seconds / processes + FINISH_SECONDS
 
 

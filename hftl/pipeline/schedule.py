@@ -15,12 +15,14 @@ class ArmCost:
         seed: one training with its predictions, or one solution.
         rate: trying one learning rate, where they are searched.
         choice: what else is tried before the seeds: all weights of KL where one is chosen, the
-            whole budget of scratch, less the training that it spares the first seed.
+            whole budget of scratch.
+        spared: what the choice has done of the first seed's training.
     """
 
     seed: float
     rate: float = 0.0
     choice: float = 0.0
+    spared: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,8 @@ def plan_tasks(
         name = f"{arm.name}-choice"
         if any(task.name == name for task in tasks):
             before = (name,)
-        task = Task(f"{arm.name}-seed{seed}", "train", arm.name, seed, 0.0, before, cost.seed)
+        seconds = cost.seed - (cost.spared if seed == first else 0.0)
+        task = Task(f"{arm.name}-seed{seed}", "train", arm.name, seed, 0.0, before, seconds)
         tasks.append(task)
     paths = _measure_paths(tasks)
     return sorted(tasks, key=lambda task: -paths[task.name])

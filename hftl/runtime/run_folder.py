@@ -32,7 +32,7 @@ DEAL_FOLDER = f"{TEMPORARY}deal"
 """What processes that train arms side by side share while they do."""
 BEATS_FOLDER = f"{TEMPORARY}beats"
 """Where processes that share a training report that they go on."""
-SEMANTICS = 9
+SEMANTICS = 10
 """Raised when the same recipe and data train, draw, choose or score otherwise than before, or when
 the keys of arms change, so that arms of two versions are never averaged. 2 standardises targets,
 draws them by their inputs alone, keeps the least error and pads on the right; 3 reads whole
@@ -41,7 +41,7 @@ without padding, and LoRA as one function, on a CPU; 6 computes packed blocks of
 function; 7 gives packed rows of half precision one of few lengths, so that draws of dropout
 differ; 8 fits logistic regressions along a path of penalties, trains only the word vectors that a
 training reads, and adapts texts without padding; 9 trains scratch for a third of its budget where
-validation prefers that."""
+validation prefers that; 10 hashes the rules of tokenizers in another form."""
 
 Part = TypeVar("Part", bound=BaseModel)
 

@@ -270,7 +270,7 @@ class TrialFacts(RecordPart):
     score: TriedRate
     training: TrainingFacts | None = None
     """None where it diverged, and has no weights."""
-    seconds: float = 0.0
+    timings: dict[str, float] = Field(default_factory=dict[str, float])
 
 
 class ScratchSearch(OpenPart):
