@@ -11,8 +11,10 @@ import numpy as np
 
 DRAWS = 200
 """Bootstrap draws of an interval."""
-COUNT_DRAWS = 100
-"""The same of estimates by counts of predicted classes, which are solved anew in each."""
+COUNT_DRAWS, FEWEST_DRAWS, SOLVED_CLASSES = 100, 20, 4000
+"""The same of estimates by counts of predicted classes, which are solved anew in each: at most, at
+least, and the classes that all draws together solve for, as a solution takes longer the more there
+are."""
 MIN_SINGULAR_VALUE = 0.1
 """Of the matrix of predicted by true class, columns adding up to 1. Below it shares that differ
 much look the same to the classifier."""
@@ -155,7 +157,7 @@ def estimate_by_counts(
     rows, chances = int(predicted.sum()), predicted / predicted.sum()
     drawn = _draw(
         lambda: estimate(_resample(confusion, rng), rng.multinomial(rows, chances) + 1e-3),
-        COUNT_DRAWS,
+        min(COUNT_DRAWS, max(FEWEST_DRAWS, SOLVED_CLASSES // len(predicted))),
     )
     return _build_estimate(estimate(confusion, predicted), drawn.var(0))
 
