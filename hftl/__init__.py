@@ -1,4 +1,4 @@
-"""hftl: transfer learning for encoders, with the evidence of what it was worth.
+"""hftl: transfer learning for pretrained models, with the evidence of what it was worth.
 
 recipe -> data -> source model -> check -> adapt -> probe -> arms x seeds -> measure -> card
 """

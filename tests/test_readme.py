@@ -58,7 +58,7 @@ def test_counts_of_the_campaign_are_those_of_its_trials() -> None:
     results = read_campaign()
     assert results.table == build_table(results.kinds)
     trials = [trial for kind in results.kinds.values() for trial in kind.trials]
-    words = f"({count_identical(trials)} trials of the last campaign, [tests/README.md]"
+    words = f"({count_identical(trials)} trials, each kind's last, [tests/README.md]"
     assert words in README
 
 
