@@ -113,7 +113,10 @@ def _format_usage_error(error: Any) -> str:
     usage = str(error.format_message()).rstrip(".")
     context = getattr(error, "ctx", None)
     command = f" {context.info_name}" if context is not None and context.parent else ""
-    return f"{usage}{'' if usage.endswith('?') else '.'} See hftl{command} --help"
+    hint = ""
+    if any(word[:1] == "-" and len(word.split()) > 1 for word in sys.argv[1:]):
+        hint = " A text that begins with - stands after --: hftl predict RUN -- '-5 degrees'."
+    return f"{usage}{'' if usage.endswith('?') else '.'}{hint} See hftl{command} --help"
 
 
 def _build_disk_error(error: Exception) -> ResourceError:

@@ -8,6 +8,8 @@ import errno
 import os
 import re
 
+ELLIPSIS = "..."
+
 
 class HftlError(Exception):
     """Report a failure that hftl foresees; the base of all its errors.
@@ -21,10 +23,20 @@ class HftlError(Exception):
 
     def __init__(self, what: str, fix: str = "") -> None:
         # A user's key or name may hold line breaks; a message is one line.
-        self.what = " ".join(what.splitlines()).rstrip(".")
-        self.fix = fix.rstrip(".")
-        stop = "" if self.what.endswith("?") else "."
+        self.what = _strip_full_stop(" ".join(what.splitlines()))
+        self.fix = _strip_full_stop(fix)
+        stop = "" if self.what.endswith(("?", ELLIPSIS)) else "."
         super().__init__(f"{self.what}{stop} {self.fix}" if fix else self.what)
+
+
+def _strip_full_stop(text: str) -> str:
+    """Return a sentence without its full stop; an ellipsis at its end is a part of it."""
+    return text if text.endswith(ELLIPSIS) else text.removesuffix(".")
+
+
+def rename_key(error: HftlError, key: str, option: str) -> HftlError:
+    """Return an error that names the option of the command line in place of a recipe's key."""
+    return type(error)(error.what.replace(key, option, 1), error.fix)
 
 
 class RecipeError(HftlError, ValueError):

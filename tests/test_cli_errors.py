@@ -16,6 +16,7 @@ from support.command import Hftl, Outcome
 from test_predict_table import Fake
 
 from hftl import __version__
+from hftl.errors import HftlError
 from hftl.inference import predict_table
 from hftl.runtime import run_folder
 
@@ -191,7 +192,8 @@ def test_an_output_that_cannot_be_used(
         ("run a.yaml --outptu x", "--outptu"), ("--no-such", "--no-such"),
         ("run", "RECIPE"), ("compare", ". See hftl compare --help"),
         ("init a.csv", "(hftl sources lists some)"),
-        ("publish . --repo-id ../name --dry-run", "--repo-id"),
+        ("publish . --repo-id ../name --dry-run", "--repo-id: '../name' is no repository"),
+        ("publish . --license MIT --dry-run", "--license: the hub knows no license 'MIT'"),
         ("publish . --force= --dry-run", "--force is empty"),
     ],
 )  # fmt: skip
@@ -201,6 +203,21 @@ def test_wrong_arguments_are_named_and_end_with_one_stop(
     outcome = hftl(*words.split())
     outcome.assert_error(2, named)
     assert ".. See" not in outcome.err
+
+
+def test_a_text_that_begins_like_an_option_is_told_where_it_stands(hftl: Hftl) -> None:
+    hftl("predict", ".", "-5 degrees").assert_error(2, "hftl predict RUN -- '-5 degrees'. See")
+
+
+@pytest.mark.parametrize(
+    ("what", "fix", "said"),
+    [
+        ("a is empty.", "Give b.", "a is empty. Give b"), ("a, b, ...", "Use b", "a, b, ... Use b"),
+        ("a", "b=1, c=...", "a. b=1, c=..."), ("a?", "", "a?"),
+    ],
+)  # fmt: skip
+def test_a_sentence_keeps_its_ellipsis(what: str, fix: str, said: str) -> None:
+    assert str(HftlError(what, fix)) == said
 
 
 @pytest.mark.parametrize(

@@ -333,7 +333,7 @@ def test_distance_command(
     assert hftl(*words).code == 0 and len(forwards) == passes
     assert read(run) == facts
 
-    hftl(*words[:-2], "--to", "gone.csv", "--output", run).assert_error(3, "gone.csv")
+    hftl(*words[:-2], "--to", "gone.csv", "--output", run).assert_error(3, "--to: gone.csv")
     few = write_csv(tmp_path / "few.csv", ["text", "label"], far[:5])
     outcome = hftl(*words[:-2], "--to", few, "--output", run)
     assert outcome.code == 0 and len(read(run).pairs) == 6, outcome.err

@@ -13,7 +13,8 @@ from support.planted_defects import (
 )  # fmt: skip
 
 from hftl.config.section import Source
-from hftl.doctor.checks import examine_adapter
+from hftl.doctor.adapter_folder import AdapterFolder, Examination
+from hftl.doctor.checks import check_base_name, examine_adapter
 from hftl.errors import RecipeError
 from hftl.models.source import find_source, hash_source_weights
 from hftl.runtime import finished_files
@@ -67,8 +68,16 @@ def test_given_base_is_compared_with_the_named_one(
     }
     other = examine_adapter(adapters["bert"], "tiny/bert-2")
     assert "base" in kinds(other, defects=False)
-    with pytest.raises(RecipeError):
+    with pytest.raises(RecipeError, match="^--base: the folder .* does not exist"):
         examine_adapter(adapters["bert"], str(tmp_path / "nothing"))
+
+
+def test_what_a_run_has_written_is_mended_by_its_recipe() -> None:
+    settings = {"adapter_config.json": {"peft_type": "LORA"}}
+    for run, fix in ((None, "--base ID --fix"), (Path("run"), "source.published_as")):
+        folder = AdapterFolder("run", Path("run/publish"), run, False, list(settings), settings, {})
+        [finding] = check_base_name(Examination(folder))
+        assert fix in finding.fix and "the base is not named" in finding.what
 
 
 def test_the_hash_of_the_right_base_is_no_finding(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from hftl.config.section import Source
-from hftl.errors import RunFolderError
+from hftl.errors import RecipeError, RunFolderError
 from hftl.inference import find_model
 from hftl.publish.published_metadata import PublishedMetadata
 from hftl.publish.settings_files import read_json_mapping
@@ -122,6 +122,12 @@ def test_installed_source_is_the_base_unless_it_was_adapted(
     notes = PublishedMetadata.model_validate({"source": {"model": PACKAGED}, "adapt": adapt})
     find_model.find_base_folder(tmp_path, notes, None)
     assert [source for source, _ in lookups] == [expected]
+
+
+def test_given_base_that_is_not_there_is_the_fault_of_the_option(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(RecipeError, match="^--base: the folder ./none does not exist"):
+        find_model.find_base_folder(tmp_path, PublishedMetadata(), "./none")
 
 
 @pytest.mark.parametrize(

@@ -213,7 +213,8 @@ def test_an_empty_text_is_not_the_current_folder(
     [
         ("A warm film", True), ("A warm film.", True), ("one/two three", True), ("word", False),
         ("new.csv", False), ("my new.csv", False), ("my new.xlsx", False), ("my data/new", False),
-        ("my data/old reviews", False),
+        ("my data/old reviews", False), ("my photo.JPG", False), ("I like amazon.com", True),
+        ("Nice phone.Works", True), ("/ is good", True),
         ("", False), ("x " * 5000, True),
     ],
 )  # fmt: skip

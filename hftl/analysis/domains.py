@@ -22,7 +22,7 @@ from hftl.data.image_inputs import ImageInputs
 from hftl.data.load import load_images, read_documents
 from hftl.data.rows import BadRows, InputSpec, Row
 from hftl.data.splits import hash_row, hash_text
-from hftl.errors import DataError, RecipeError
+from hftl.errors import DataError, HftlError, RecipeError, rename_key
 from hftl.finetune.context import ExperimentContext
 from hftl.models.layer_features import LayerSite
 from hftl.plurals import count_noun
@@ -142,7 +142,11 @@ def iterate_sets(
         own = context
         if isinstance(context.inputs, ImageInputs):
             own = replace(context, inputs=context.inputs.with_data(changed.data), _encoded={})
-        yield path, read_part(changed, own, "unlabeled", most), own
+        try:
+            rows = read_part(changed, own, "unlabeled", most)
+        except HftlError as error:
+            raise rename_key(error, "data.unlabeled.path:", "--to:") from error
+        yield path, rows, own
 
 
 def _replace_unlabeled(recipe: Recipe, table: Table) -> Recipe:

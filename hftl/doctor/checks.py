@@ -31,7 +31,7 @@ from hftl.doctor.file_checks import (
     find_foreign_code_key,
 )
 from hftl.doctor.load_check import check_reload, check_uninitialized_weights, read_whole_model
-from hftl.errors import HftlError, HubError, RecipeError, RunFolderError
+from hftl.errors import HftlError, HubError, RecipeError, RunFolderError, rename_key
 from hftl.measure.record import PUBLISHED_FILE
 from hftl.models.source import SourceModel, find_source, hash_source_weights
 from hftl.publish.base_reference import BaseReference, resolve_base
@@ -94,6 +94,9 @@ def check_base_name(examination: Examination) -> Iterator[Finding]:
     if not adapter.settings:
         return
     fix = "Name its hub id: --base ID --fix"
+    if folder.run is not None:
+        # What a run has written is not changed by hand.
+        fix = "Set source.published_as to its hub id and run again"
     if adapter.base_name is None:
         what = "the base is not named, so nobody can load it"
         yield defect("base", what, ADAPTER_CONFIG, fix)
@@ -131,7 +134,7 @@ def find_adapter_base(examination: Examination) -> Iterator[Finding]:
             why = _find_unsafe_reason(examination.source)
         except HftlError as error:
             if given:
-                raise
+                raise rename_key(error, "source.model:", "--base:") from error
             why = error.what.removeprefix("source.model: ")
             if _is_unknown_id(error):
                 why = f"the hub has no {reference.source.model}"

@@ -1,19 +1,20 @@
 """Refuse arguments that no work can serve, before anything heavy is imported."""
 
 import os
-import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from hftl.data.tables import IMAGE_SUFFIXES, SPREADSHEETS
 from hftl.errors import DataError, RecipeError
+from hftl.runtime.paths import TABLE_FORMATS
 
 PREDICTION_SUFFIXES = (".csv", ".jsonl", ".parquet")
 COMPARISON_SUFFIXES = (".csv", ".png")
 PLOT_SUFFIXES = (".png",)
 """Of what is written beside a comparison."""
-FILE_SUFFIX = re.compile(r"\.[a-z]\w{1,7}$", re.IGNORECASE)
-"""The ending of a file's name, as opposed to the full stop at the end of a text."""
+FILE_SUFFIXES = {*TABLE_FORMATS, *SPREADSHEETS, *IMAGE_SUFFIXES}
+"""Endings by which the name of a file that is not there differs from a text."""
 
 
 def check_predict_arguments(
@@ -48,11 +49,14 @@ def check_predict_arguments(
 def is_literal_text(data: str) -> bool:
     """Return whether an input is a text itself: no path, no file's name, and more than one word.
 
-    A name in a folder that exists is a path, misspelt or not.
+    A name in a folder that exists is a path, misspelt or not, and so is one that ends as tables and
+    pictures do; `amazon.com` and `phone.Works` end a text.
     """
-    words, folder = data.split(), os.path.dirname(data)
-    is_path = os.path.exists(data) or (folder and os.path.exists(folder))
-    return len(words) > 1 and not is_path and not FILE_SUFFIX.search(words[-1])
+    words, (folder, name) = data.split(), os.path.split(data)
+    if len(words) < 2 or os.path.exists(data):
+        return False
+    is_in_folder = bool(folder.strip("/")) and name[:1].strip() and os.path.exists(folder)
+    return not is_in_folder and Path(words[-1]).suffix.lower() not in FILE_SUFFIXES
 
 
 def _check_input(data: Path, output: Path | None) -> None:

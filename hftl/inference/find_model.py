@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hftl.errors import HftlError, RecipeError, RunFolderError, is_out_of_memory
+from hftl.errors import HftlError, RecipeError, RunFolderError, is_out_of_memory, rename_key
 from hftl.measure.record import PUBLISHED_FILE
 from hftl.models.foreign_code import find_foreign_setting
 from hftl.models.source import describe_load_error, find_source, hash_source_weights
@@ -164,7 +164,12 @@ def find_base_folder(folder: Path, metadata: PublishedMetadata, base: str | Path
         called, name = paths.get_display_name(folder), adapter.base_name
         why = f"names the base {name}, which is not here" if name else "does not say its base model"
         raise RecipeError(f"{called} {why}", "Give it: --base MODEL")
-    source = find_source(reference.source, reference.on_hub)
+    try:
+        source = find_source(reference.source, reference.on_hub)
+    except HftlError as error:
+        if base is None:
+            raise
+        raise rename_key(error, "source.model:", "--base:") from error
     expected = (adapted or metadata.source).weights_sha256
     if expected and hash_source_weights(source) != expected:
         raise RunFolderError(

@@ -12,7 +12,6 @@ from hftl.card.metadata import find_license
 from hftl.config import secrets
 from hftl.config.publish import Publish
 from hftl.config.recipe import Recipe
-from hftl.config.section import build_recipe_error
 from hftl.errors import HftlError, HoldError, HubError, RecipeError, RunFolderError
 from hftl.measure.record import PUBLISHED_FILE, Record
 from hftl.pipeline.amend import amend_record, render_adapted_base_files, render_amended_files
@@ -158,7 +157,7 @@ def _check_options(options: PushOptions) -> None:
         try:
             Publish(repo_id=options.repo_id)
         except ValidationError as error:
-            raise build_recipe_error(error, "--repo-id", Publish) from error
+            raise _build_option_error("--repo-id", error) from error
     if options.license == "other":
         raise RecipeError(
             "--license other has no name", "Set publish.license and publish.license_name"
@@ -167,9 +166,15 @@ def _check_options(options: PushOptions) -> None:
         try:
             Publish(license=options.license)
         except ValidationError as error:
-            raise build_recipe_error(error, "--license", Publish) from error
+            raise _build_option_error("--license", error) from error
     if options.force is not None and not options.force.strip():
         raise RecipeError("--force is empty", "Give the reason, which the card will tell")
+
+
+def _build_option_error(option: str, error: ValidationError) -> RecipeError:
+    """Return what the recipe's key would refuse, in the words of the command line."""
+    message = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+    return RecipeError(f"{option}: {message}", "Correct the option")
 
 
 def warn_missing_license(run: Path, options: PushOptions, say: Say) -> None:
