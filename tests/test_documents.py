@@ -62,6 +62,12 @@ def test_a_folder_is_read_flat(tmp_path: Path) -> None:
         read(tmp_path / "texts")
 
 
+def test_a_folder_of_pictures_is_no_corpus_of_texts(tmp_path: Path) -> None:
+    write(tmp_path, "0.png", b"\x89PNG")
+    with pytest.raises(DataError, match="data.unlabeled.path: .* is a folder of pictures"):
+        read(tmp_path)
+
+
 def test_train_as_a_folder_has_classes(tmp_path: Path) -> None:
     write(tmp_path / "texts", "pos/1.txt", "good")
     write(tmp_path / "texts", "neg/1.txt", "bad")

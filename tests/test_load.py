@@ -165,6 +165,7 @@ def test_bad_row_is_refused_or_dropped_and_listed(
         ("inf", "the target is inf"),
         ("", "the target is empty"),
         ("high", "the target 'high' is not a number"),
+        ('"1,5"', "the target '1,5' is not a number; decimals follow a point, as in 1.5"),
     ],
 )
 def test_bad_target_is_refused_or_dropped_and_listed(tmp_path: Path, target: str, why: str) -> None:

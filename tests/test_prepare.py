@@ -146,6 +146,18 @@ def test_a_test_label_that_train_never_has_is_refused(tmp_path: Path) -> None:
         prepare_with_test(tmp_path, [("well", "positive"), ("so so", "neutral")])
 
 
+def test_one_group_of_all_rows_is_named_as_the_cause(tmp_path: Path) -> None:
+    rows = [(*row, "one") for row in sentences(40)]
+    message = "test is left with no rows; .* 1 group by data.group .who.*leave data.group out"
+    with pytest.raises(DataError, match=message):
+        prepare(tmp_path, rows, [*HEADER, "who"], group="who")
+
+
+def test_train_that_test_holds_whole_is_named_as_the_cause(table: Path) -> None:
+    with pytest.raises(DataError, match="every row of data.train stands in data.test, too"):
+        prepare_data(data(table, test={"path": str(table)}))
+
+
 def test_a_group_that_straddles_two_tables_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="the group 'g3' stands in train and in another table"):
         rows = [("well", "positive", "g3")]

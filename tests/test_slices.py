@@ -82,12 +82,13 @@ def test_few_numbers_are_values() -> None:
 
 @pytest.mark.parametrize(
     ("cells", "message"),
-    [([f"id {i}" for i in range(40)], "'c' has 40 values in 40 test rows, and none in 10"),
+    [([f"id {i}" for i in range(40)], "'c' has 40 values in 40 test rows, and no value has the 10"),
+     (["a", "b"] * 4, "'c' has 2 values in 8 test rows, and no value has .* Give more test rows"),
      (["same"] * 40, "'c' makes one slice of all 40 test rows"),
      ([None] * 40, "'c' makes one slice of all 40 test rows"),
      (list(range(15)), "'c' makes one slice of all 15 test rows"),
      ([["a", "b"]] * 40, "'c' holds a list in a row")],
-    ids=["a value a row", "one value", "empty", "few numbers", "lists"],
+    ids=["a value a row", "few rows", "one value", "empty", "few numbers", "lists"],
 )  # fmt: skip
 def test_a_column_without_slices_is_refused(cells: list[Any], message: str) -> None:
     with pytest.raises(DataError, match=message):

@@ -31,6 +31,8 @@ FALSE_VALUES = (0, False, 0.0, "0")
 CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\ufffd]")
 """Control characters but for tab, line feed, form feed and carriage return; and the replacement
 for bytes that could not be decoded."""
+DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+")
+"""A number as it is written in much of Europe, with one comma."""
 MAX_CONTROL_SHARE = 0.1
 """A larger share of such characters is not text."""
 
@@ -342,7 +344,10 @@ def _find_target_fault(value: Any) -> str | None:
     try:
         number = float(value)
     except (TypeError, ValueError):
-        return f"the target {value!r} is not a number"
+        text = str(value).strip()
+        hint = "; decimals follow a point, as in " + text.replace(",", ".")
+        comma = hint if DECIMAL_COMMA.fullmatch(text) else ""
+        return f"the target {value!r} is not a number{comma}"
     except OverflowError:
         return "the target is too large"
     return None if math.isfinite(number) else f"the target is {number}"

@@ -239,26 +239,39 @@ def _split_rows(
     rows["train"] = pool
     for split, members in rows.items():
         if not members:
-            raise _build_empty_split_error(split, distinct["train"], task, counts)
+            raise _build_empty_split_error(split, distinct["train"], data, counts)
     return rows
 
 
 def _build_empty_split_error(
-    split: str, rows: list[Row], task: str, counts: CopyCounts
+    split: str, rows: list[Row], data: Data, counts: CopyCounts
 ) -> DataError:
     """Return the error of a split without rows, with the cause where it is known.
 
     Args:
         split: its name.
         rows: those of train before any split.
-        task: the recipe's.
+        data: the recipe's section.
         counts: of what was dropped.
     """
+    given = [f"data.{name}" for name in SPLITS if isinstance(getattr(data, name), Table)]
+    if not rows and counts.leaked and not counts.conflicting:
+        return DataError(
+            f"every row of data.train stands in {' or '.join(given[1:])}, too, and was dropped",
+            "Give each row to one table",
+        )
     what = f"{split} is left with no rows; train has {len(rows)} after {_describe_dropped(counts)}"
     if counts.conflicting:
         return DataError(what, "Correct the labels, or give more rows")
+    groups = {row.group for row in rows}
+    if rows and None not in groups and len(groups) < 1 + len(SPLITS) - len(given):
+        return DataError(
+            f"{what}, and these are {count_noun(len(groups), 'group')} by data.group "
+            f"({data.group}), which no two splits share",
+            "Name a column of more groups, or leave data.group out",
+        )
     names = [row.label for row in rows]
-    if task == "classification" and len(rows) > 2 and len(set(names)) == len(rows):
+    if data.task == "classification" and len(rows) > 2 and len(set(names)) == len(rows):
         return DataError(
             f"{what}, and no two of them have one label, as {names[0]!r} and {names[1]!r}, so that "
             "train needs all",

@@ -16,6 +16,7 @@ from hftl.data.facts import Modality, SliceKind
 from hftl.data.rows import Row
 from hftl.data.tables import read_table
 from hftl.errors import DataError, suggest_closest
+from hftl.plurals import count_noun
 from hftl.runtime import paths
 
 MIN_VALUE_ROWS = 10
@@ -214,11 +215,13 @@ def _group_values(column: str, values: list[str], positions: np.ndarray) -> Slic
     by_count = sorted(counts, key=lambda value: (-counts[value], value))
     frequent = [value for value in by_count if counts[value] >= MIN_VALUE_ROWS][:MAX_VALUES]
     if counts and not frequent:
+        few = len(values) < 2 * MIN_VALUE_ROWS
         raise DataError(
-            f"measure.slices: the column {column!r} has {len(counts)} values in {len(values)} test "
-            f"rows, and none in {MIN_VALUE_ROWS} of them",
+            f"measure.slices: the column {column!r} has {count_noun(len(counts), 'value')} in "
+            f"{len(values)} test rows, and no value has the {MIN_VALUE_ROWS} rows of a slice",
+            "Give more test rows, or leave it out" if few else
             "Name a column with fewer values, such as a category of these",
-        )
+        )  # fmt: skip
     array = np.array(values, dtype=object)
     slices = [RowSlice(value, "value", positions[array == value]) for value in frequent]
     pooled = len(counts) - len(frequent)

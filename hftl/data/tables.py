@@ -259,6 +259,12 @@ def read_table(
             )
     has_controls = isinstance(table, GeneralTable) and bool(table.label_columns)
     if path.is_dir() and part in UNLABELLED_TABLES and not has_controls:
+        if modality == "text" and has_mostly_images(path):
+            raise DataError(
+                f"data.{part}.path: {table.path} is a folder of pictures, but source.model reads "
+                "texts",
+                "Give another source model, or a folder of texts",
+            )
         return path.name, (read_image_files if modality == "image" else read_text_files)(path)
     name = table.format or guess_format(path)
     if path.is_dir() != (name in ("textfolder", "imagefolder")):
