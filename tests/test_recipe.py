@@ -249,6 +249,7 @@ def test_keys_that_belong_to_hftl_are_refused(assignment: str) -> None:
         ("measure.scratch.learning_rates=[0.0]", r"'measure\.scratch\.learning_rates\.0'.* got 0"),
         ("measure.scratch.learning_rates=[1, -0.001]", r"learning_rates\.1'.* got -0\.001"),
         (f"measure.arms=[{{{'a' * 101}: {{finetune.blocks: 1}}}}]", "has 101 letters, and 100 are"),
+        ("finetune.class_weight={a: 1.0e+300}", r"'a' weighs 1e\+300, expected a number from 0 to"),
         ("retain={replay: {ratio: 1000}}", r"'retain\.replay\.ratio'.* got 1000"),
         ("data={task: multi-label, train: {path: a.csv, label: [p, q, p]}}",
          "label names the column 'p' twice"),
@@ -315,6 +316,9 @@ def test_the_json_schema_names_every_section() -> None:
     [
         ("{kl: {weight: -0.1}}", [], "would drive the model away"),
         ("{l2sp: {weight: -1}}", [], r"retain\.l2sp\.weight"),
+        ("{l2sp: {weight: 1.0e+300}}", [], r"retain\.l2sp\.weight.* got 1e\+300"),
+        ("{kl: {weight: 1.0e+300}}", [], "would overflow"),
+        ("{kl: {tau: 1.0e-300}}", [], r"retain\.kl\.tau.* got 1e-300"),
         ("{ewc: {}}", [], "reads general data .* but data.general is null"),
         ("{replay: {ratio: 0.2}}", [], "but data.general is null"),
         ("{kl: {inputs: both}}", [], "but data.general is null"),

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from hftl.config.section import Section, name_by_label
+from hftl.config.section import MAX_WEIGHT, MIN_TEMPERATURE, Section, name_by_label
 from hftl.config.upstream_args import validate_lora_args, validate_training_args
 from hftl.errors import RecipeError
 from hftl.finetune.strategies import FINETUNE_STRATEGIES, STRATEGIES, StrategySpec
@@ -54,7 +54,7 @@ class ZeroShot(Section):
     {}.` for a source with an entailment head, the words alone for other sources of texts."""
     descriptions: Annotated[Mapping[str, str | list[str]], BeforeValidator(name_by_label)] = {}
     """By label: a whole text, or a list of them, instead of the templates."""
-    temperature: float = Field(default=0.05, gt=0)
+    temperature: float = Field(default=0.05, ge=MIN_TEMPERATURE)
     """Divides the cosines of texts; a pair of image and text encoder has learned its own."""
 
     @field_validator("templates")
@@ -159,10 +159,10 @@ class Finetune(Section):
             )
         for label, weight in value.items():
             is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-            if not is_number or not 0 <= weight < float("inf"):
+            if not is_number or not 0 <= weight <= MAX_WEIGHT:
                 raise RecipeError(
-                    f"finetune.class_weight: {label!r} weighs {weight!r}, expected a finite number "
-                    "of at least 0",
+                    f"finetune.class_weight: {label!r} weighs {weight!r}, expected a number "
+                    f"from 0 to {MAX_WEIGHT:g}",
                     "Correct it",
                 )
         return {label: float(weight) for label, weight in name_by_label(value).items()}

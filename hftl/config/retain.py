@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from hftl.config.section import Section
+from hftl.config.section import MAX_WEIGHT, MIN_TEMPERATURE, Section
 from hftl.errors import RecipeError
 from hftl.finetune.strategies import STRATEGIES
 
@@ -140,10 +140,10 @@ class KL(RegularizerSection):
     weight: float | Literal["auto"] = 0.1
     """auto: of a short grid the one that forgets least within one standard error of the best."""
     on: Literal["probe", "relational", "features", "mlm", "clm", "zero_shot"] = "relational"
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, ge=MIN_TEMPERATURE)
     direction: Literal["forward", "reverse"] = "forward"
     inputs: Literal["target", "general", "both"] = "target"
-    tau: float | None = Field(default=None, gt=0)
+    tau: float | None = Field(default=None, ge=MIN_TEMPERATURE)
     """relational: cosines are divided by it; null: 0.05 for texts, 0.07 for images."""
     anchors: int = Field(default=256, ge=0)
     """relational: rows of the fixed bank that similarities are taken to; 0: the batch's others."""
@@ -153,6 +153,8 @@ class KL(RegularizerSection):
     def _check_weight(cls, weight: float | str) -> float | str:
         if weight != "auto" and float(weight) < 0:
             raise ValueError(f"a weight below 0 would drive the model away, got {weight}")
+        if weight != "auto" and float(weight) > MAX_WEIGHT:
+            raise ValueError(f"a weight above {MAX_WEIGHT:g} would overflow, got {weight}")
         return weight
 
     @property
@@ -214,8 +216,8 @@ class L2SP(RegularizerSection):
 
     needs_plain_lora: ClassVar[bool] = True
 
-    weight: float = Field(default=0.01, ge=0)
-    head: float = Field(default=0.0, ge=0)
+    weight: float = Field(default=0.01, ge=0, le=MAX_WEIGHT)
+    head: float = Field(default=0.0, ge=0, le=MAX_WEIGHT)
     """Of the new head, whose distance is taken to zero."""
     decoupled: bool = False
     """Outside the optimizer's moments, as AdamW decays weights."""
@@ -248,7 +250,7 @@ class EWC(RegularizerSection):
 
     needs_plain_lora: ClassVar[bool] = True
 
-    weight: float = Field(default=1.0, ge=0)
+    weight: float = Field(default=1.0, ge=0, le=MAX_WEIGHT)
     fisher: Literal["features", "exact", "sampled", "empirical"] = "features"
     samples: int = Field(default=256, ge=1)
     """Rows of general data that the Fisher information is taken over."""
@@ -299,7 +301,7 @@ class Replay(Section):
     labelled: bool = False
     """Whether their labels count in the loss, too: the column of data.general that is named as the
     one of the task's labels."""
-    weight: float = Field(default=1.0, ge=0)
+    weight: float = Field(default=1.0, ge=0, le=MAX_WEIGHT)
     """labelled: of their mean loss, beside the mean over the target's rows."""
 
     @model_validator(mode="after")

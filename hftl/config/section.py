@@ -12,6 +12,10 @@ from hftl.errors import RecipeError, suggest_closest
 
 MAX_SEED = 2**32 - 1
 """The largest seed that numpy's generators take."""
+MAX_WEIGHT = 1e12
+"""The largest weight of a term of the loss: far more overflows in 32 bits."""
+MIN_TEMPERATURE = 1e-6
+"""The least that cosines or logits are divided by: far less overflows in 32 bits."""
 NUMBERS = (int, float, int | None, float | None)
 """Types of keys that hold a number."""
 UNION_TAGS = ("Fraction", "Table", "one", "several")
