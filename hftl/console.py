@@ -223,7 +223,8 @@ def format_slices(section: SliceSection) -> str:
     losers, count = section.losers, len(section.slices)
     names = ", ".join(column.name for column in section.columns)
     if section.baseline is None:
-        return f"slices: {count} by {names}; no baseline was run, so no gain is known"
+        why = "no baseline that learns the task was run, so no gain is known"
+        return f"slices: {count} by {names}; {why}"
     if all(part.p_value is None for part in section.slices):
         return f"slices: {count} by {names}; without an interval none can be judged"
     verb = "loses" if len(losers) < 2 else "lose"

@@ -297,6 +297,7 @@ def test_gradual_unfreezing_counts_its_own_epochs(tmp_path: Path) -> None:
     ("old", "new", "lines"),
     [
         ({"a": 1}, {"a": 1}, []),
+        ({"a": 20.0}, {"a": 5.0}, ["a: 20 -> 5"]), ({"a": 0.5}, {"a": 1e300}, ["a: 0.5 -> 1e+300"]),
         ({"a": 1, "b": 2}, {"a": 2, "b": 2}, ["a: 1 -> 2"]),
         ({"b": 1}, {"a": None, "b": 1}, []),
         ({"a": 1}, {}, ["a: 1 -> unset"]),

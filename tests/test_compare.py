@@ -261,6 +261,12 @@ def test_incomparable_models_are_refused(
                    data | {"seed": seed}, "mean") for seed in (0, 1)]  # fmt: skip
     with pytest.raises(RecipeError, match="other data or splits"):
         compare_models([str(run) for run in runs], None, None)
+    record = json.loads((runs[1] / "record.json").read_text("utf-8"))
+    record["data"]["task"] = "regression"
+    (runs[1] / "record.json").write_text(json.dumps(record), "utf-8")
+    finished_files.write_finished_files(runs[1])
+    with pytest.raises(RecipeError, match="is of the task classification and .* of regression"):
+        compare_models([str(run) for run in runs], None, None)
     tagger = {"task_type": "TOKEN_CLS", "target_modules": ["query"]}
     words = save(wrapped(tiny_model(), "bert", tagger), tmp_path / "words")
     rewrite(words / "adapter_config.json", base_model_name_or_path=str(tiny_model()), revision=None)

@@ -596,7 +596,7 @@ def put(key: str, value: Any) -> Callable[[dict[str, Any]], Any]:
 
 
 RECORDS: dict[str, tuple[Any, str]] = {
-    "missing": (None, "does not read"), "empty": (b"", "does not read"),
+    "missing": (None, "is no finished run"), "empty": (b"", "does not read"),
     "cut": (to_json(TREE).encode()[:500], "does not read"),
     "a list": (b"[]", "record.json"), "a number": (b"3", "record.json"), "null": (b"null", ""),
     "no UTF-8": (b'{"a": "\xff"}', "does not read"), "deep": (b"[" * 9000, "does not read"),

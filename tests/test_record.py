@@ -111,6 +111,11 @@ def test_a_file_that_is_no_mapping_is_refused(text: str, tmp_path: Path) -> None
         Record.read(tmp_path)
 
 
+def test_a_folder_without_a_record_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match="is no finished run: it has no record.json"):
+        Record.read(str(tmp_path))
+
+
 def test_the_schema_names_every_key() -> None:
     schema = Record.model_json_schema()
     assert TREE.keys() <= schema["properties"].keys()

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -345,6 +346,12 @@ def test_prior_that_cannot_be_used_is_refused(
         prior = str(tmp_path / "p.json")
     with pytest.raises((RecipeError, DataError), match=said):
         correct_predictions(make_predictor(confusion), predict_rows(rows)[0], prior)
+
+
+def test_prior_of_a_model_without_one_class_an_input_is_refused() -> None:
+    predictor = replace(make_predictor(None), task="regression")
+    with pytest.raises(RecipeError, match="shares of classes, .* the model's task is regression"):
+        correct_predictions(predictor, [], "auto")
 
 
 def test_least_singular_value_is_one_of_no_error_and_zero_of_a_guess() -> None:

@@ -41,7 +41,7 @@ SAYS = {
     "undetermined": "+0.020 [-0.050, +0.090] accuracy over scratch is within noise",
     "one seed": "+0.300 accuracy over scratch rests on one seed",
     "one group": "+0.300 accuracy over scratch rests on one group of test rows",
-    "no baseline": "no baseline was run",
+    "no baseline": "no baseline that learns the task (scratch, classical) was run",
 }
 HEADS: dict[str, dict[str, Any] | None] = {
     "absent": None,

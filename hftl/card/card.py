@@ -213,7 +213,10 @@ def format_gain_sentence(record: Record) -> str:
     gain = record.transfer_gain
     head = _format_head_sentence(record)
     if gain is None:
-        return f"{head}No baseline was run, so the transfer gain is not known."
+        return (
+            f"{head}No baseline that learns the task (scratch, classical) was run, so the transfer "
+            "gain is not known."
+        )
     test = {row.arm: row.test for row in record.ladder}
     return (
         f"{head}{OUTCOME_PHRASES[gain.outcome]}: {gain.metric} {record.own_row.test:.3f} against "

@@ -51,7 +51,7 @@ def _format_sentence(record: Record, section: SliceSection) -> str:
     names = ", ".join(format_code(column.name) for column in section.columns)
     start = f"The test rows are cut into {len(section.slices)} slices by {names}."
     if section.baseline is None:
-        return f"{start} No baseline was run, so no gain is known."
+        return f"{start} No baseline that learns the task was run, so no gain is known."
     baseline = describe_arm(section.baseline, record)
     if all(part.p_value is None for part in section.slices):
         return f"{start} Without an interval none can be judged."

@@ -125,17 +125,20 @@ def read_shared_items(
             "Give a table: --data TABLE",
         )
     first, run = next(iter(runs.items()))
-    expected = Record.read(run).data.fingerprint
+    expected = Record.read(run).data
     unknown: list[str] = []
     for model, folder in zip(models, folders, strict=True):
-        fingerprint = (
-            Record.read(runs[model]).data.fingerprint
-            if model in runs
-            else _read_fingerprint(folder)
-        )
+        data = Record.read(runs[model]).data if model in runs else None
+        if data is not None and data.task != expected.task:
+            raise RecipeError(
+                f"{first} is of the task {expected.task} and {model} of {data.task}: their scores "
+                "do not compare",
+                "Compare models of one task",
+            )
+        fingerprint = _read_fingerprint(folder) if data is None else data.fingerprint
         if fingerprint is None:
             unknown.append(model)
-        elif fingerprint != expected:
+        elif fingerprint != expected.fingerprint:
             raise RecipeError(
                 f"{model} has other data or splits than {first}", "Give a table: --data TABLE"
             )

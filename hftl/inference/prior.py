@@ -36,7 +36,13 @@ def correct_predictions(
         RecipeError: if the model has no such counts, or the file does not give every label a share.
         DataError: if the inputs are too few, or the classes too much confused to estimate shares.
     """
-    if predictor.task != "classification" or predictor.confusion is None:
+    if predictor.task != "classification":
+        raise RecipeError(
+            f"--prior corrects for shares of classes, one an input, and the model's task is "
+            f"{predictor.task}",
+            "Predict without it",
+        )
+    if predictor.confusion is None:
         raise RecipeError(
             "--prior: the model does not say what it confused on validation, or was trained under "
             "other shares of classes than validation's (class_weight, data.shots)",

@@ -243,12 +243,18 @@ class Record(RecordPart):
         return self._recipe_json or {**recipe.to_dict()}
 
     @classmethod
-    def read(cls, folder: Path) -> Self:
+    def read(cls, folder: Path | str) -> Self:
         """Read the record of a finished run folder.
 
         Raises:
-            RunFolderError: if it does not read; see `parse`.
+            RunFolderError: if there is none, or it does not read; see `parse`.
         """
+        folder = Path(folder)
+        if not (folder / RECORD_FILE).exists():
+            raise RunFolderError(
+                f"{folder} is no finished run: it has no {RECORD_FILE}",
+                "Give a run folder, or finish it with `hftl run`",
+            )
         record = cls.read_file(folder / RECORD_FILE)
         record._folder = folder
         return record

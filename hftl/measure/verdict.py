@@ -195,7 +195,10 @@ def format_gain(gain: IntervalEstimate) -> str:
 
 def _judge_gain(gain: BaselineGain | None) -> Judgement:
     if gain is None:
-        return False, "no baseline was run, so nothing says what the transfer is worth"
+        return False, (
+            "no baseline that learns the task (scratch, classical) was run, so nothing says what "
+            "the transfer is worth"
+        )
     text = f"{format_gain(gain)} {gain.metric} over {gain.baseline}"
     if gain.ci95 is None:
         return False, f"the gain {text} {_format_luck(gain)}"

@@ -232,4 +232,6 @@ def _describe_arm_changes(inputs: StageInputs, recipe: Recipe, arm: Arm) -> set[
 
 
 def _format_value(values: dict[str, JsonValue], key: str) -> str:
-    return str(values[key]) if key in values else "unset"
+    """Return a value; 5.0 as 5, since parts differ in whether they read a whole number as such."""
+    value = values.get(key, "unset")
+    return f"{value:.15g}" if isinstance(value, float) else str(value)
