@@ -174,7 +174,7 @@ REFUSED_OF_MLM: list[tuple[str, str]] = [
     ("lora: {task_type: SEQ_CLS}", r"adapt\.lora\.task_type belongs to hftl"),
     ("lora: {init_lora_weights: pissa}",
      r"adapt\.lora\.init_lora_weights=pissa changes the base's own weights"),
-    ("lora: {r: 0}", r"adapt\.lora\.r must be a number above"),
+    ("lora: {r: 0}", r"adapt\.lora\.r must be a whole number above"),
 ]  # fmt: skip
 
 

@@ -32,11 +32,14 @@ WRONG = [
     ({"rank_pattern": {"nosuchlayer": 2}}, "rank_pattern: no module matches 'nosuchlayer'"),
     ({"rank_pattern": {"key": 2}, "target_modules": ["query"]}, "no module matches 'key'"),
     ({"rank_pattern": {"(": 2}}, "no regular expression"),
-    ({"rank_pattern": {"query": 0}}, "rank_pattern.query must be a number above 0"),
+    ({"rank_pattern": {"query": 0}}, "rank_pattern.query must be a whole number above 0"),
     ({"alpha_pattern": {"querry": 2}}, "'querry'; did you mean 'query'"),
     ({"alpha_pattern": {"query": 0}}, "alpha_pattern.query must be a number above 0"),
     ({"lora_alpha": 0}, "lora_alpha must be a number above 0"),
-    ({"r": 0}, "r must be a number above 0"),
+    ({"r": 0}, "r must be a whole number above 0"),
+    ({"rank_pattern": {"query": 4.5}}, "rank_pattern.query must be a whole number above 0"),
+    ({"r": 33}, "lora.r=33 is above both sides of every layer; the longest is 32"),
+    ({"rank_pattern": {"key": 10**9}}, "rank_pattern.key=1000000000 is above both sides"),
     ({"layers_to_transform": [0, 7]}, "no adapted layer lies in block 7"),
     ({"layers_to_transform": 7}, "lora"),
     ({"target_parameters": ["nope"]}, "target_parameters: no module matches 'nope'"),
@@ -84,5 +87,5 @@ def test_refuses_the_same_in_other_sections(
         set_trainable(masked_lm, source.architecture_spec, "lora", 0, lora)
     for key in ("r", "lora_alpha"):
         recipe_tree["finetune"]["lora"] = {key: 0}
-        with pytest.raises(RecipeError, match=f"finetune.lora.{key} must be a number above 0"):
+        with pytest.raises(RecipeError, match=f"finetune.lora.{key} must be a .*above 0"):
             Recipe.parse(recipe_tree)

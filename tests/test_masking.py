@@ -10,8 +10,10 @@ import torch
 from scipy.stats import chisquare
 from support.tiny import tiny_tokenizer
 from tokenizers.pre_tokenizers import Split
+from torch.utils.data import Subset
 from transformers import AutoTokenizer
 
+from hftl.config.adapt import Adapt
 from hftl.data.masking import (
     MaskedBlocks,
     MaskingSpec,
@@ -20,6 +22,7 @@ from hftl.data.masking import (
     mask_tokens,
 )
 from hftl.errors import RecipeError
+from hftl.pipeline.objectives import check_something_is_hidden
 
 RATIO = 0.15
 VOCABULARY = 500
@@ -243,3 +246,15 @@ def test_a_tokenizer_without_masks_or_words_is_refused(tokenizer: Any) -> None:
     tokenizer.mask_token = None
     with pytest.raises(RecipeError, match="no mask token"):
         build_masking_spec(tokenizer, 0.15, False)
+
+
+def test_blocks_without_a_hidden_token_are_refused() -> None:
+    blocks: Any = Blocks()
+    for ratio in (1e-9, 0.4):
+        rows = Subset(MaskedBlocks(blocks, build_spec(False, ratio), 0, 0, True), [0, 1])
+        stage = Adapt.model_validate({"objective": "mlm", "mask_ratio": ratio})
+        if ratio == 0.4:
+            check_something_is_hidden(rows, stage)
+            continue
+        with pytest.raises(RecipeError, match="adapt.mask_ratio=1e-09 hides no token"):
+            check_something_is_hidden(rows, stage)

@@ -1,6 +1,7 @@
 """Read the arguments of TrainingArguments and LoraConfig, against the real classes."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import TrainingArguments
 
 from hftl.config import upstream_args
 from hftl.errors import RecipeError
+from hftl.train.arguments import build_training_arguments
 
 CLASSES = {"training": TrainingArguments, "lora": LoraConfig}
 
@@ -60,3 +62,46 @@ def test_a_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(upstream_args.UPSTREAM_CLASSES, "lora", [("no_such_package", "a.py", "A")])
     with pytest.raises(RecipeError, match="no_such_package is not installed"):
         upstream_args.read_fields.__wrapped__("lora")
+
+
+REFUSED = {
+    "gradient_accumulation_steps": [0, -1], "adam_beta1": [-0.1, 1.0], "adam_beta2": [-0.1, 1.0],
+    "adam_epsilon": [-1e-8], "per_device_train_batch_size": [0], "per_device_eval_batch_size": [0],
+    "eval_accumulation_steps": [0], "dataloader_num_workers": [-1],
+    "dataloader_prefetch_factor": [0], "dataloader_persistent_workers": [True],
+    "label_smoothing_factor": [-1, 1.0], "weight_decay": [-0.01], "max_grad_norm": [-1],
+    "warmup_steps": [-1], "max_steps": [0, -2], "log_level": ["foo"], "log_level_replica": ["foo"],
+    "train_sampling_strategy": ["foo"], "parallelism_config": [5, 0, {}],
+}  # fmt: skip
+ALLOWED = {
+    "adam_beta1": 0, "adam_epsilon": 0, "label_smoothing_factor": 0.99, "weight_decay": 0,
+    "max_grad_norm": 0, "max_steps": -1, "eval_accumulation_steps": None, "log_level": "debug",
+    "gradient_accumulation_steps": 1, "dataloader_num_workers": 1, "parallelism_config": None,
+    "dataloader_persistent_workers": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("section", ["finetune", "adapt"])
+def test_values_out_of_their_range(section: str) -> None:
+    validate = upstream_args.validate_training_args
+    assert validate(section, ALLOWED) == ALLOWED
+    for name, values in REFUSED.items():
+        for value in values:
+            with pytest.raises(RecipeError, match=rf"^{section}\.training\.{name}\b"):
+                validate(section, {name: value})
+    for field in ({"lora_alpha": 10**300}, {"alpha_pattern": {"query": 1e300}}):
+        with pytest.raises(RecipeError, match="must be a number above 0 and of at most 1e"):
+            upstream_args.validate_lora_args(section, field)
+
+
+def test_choices_are_those_of_the_class() -> None:
+    fields = {field.name: field for field in dataclasses.fields(TrainingArguments)}
+    for name, choices in upstream_args.TRAINING_CHOICES.items():
+        if name != "parallelism_config":
+            assert {*choices} - {None} == {*fields[name].metadata["choices"]}
+
+
+@pytest.mark.parametrize("name", ["torch_compile_backend", "accelerator_config"])
+def test_names_of_nothing_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=rf"^adapt\.training.*{tmp_path}/no"):
+        build_training_arguments("adapt", {name: f"{tmp_path}/no"}, {}, str(tmp_path), 0, "cpu")

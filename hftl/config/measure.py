@@ -1,6 +1,6 @@
 """Define the section `measure` of a recipe: the arms, the seeds and the metric."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -58,6 +58,15 @@ class Measure(Section):
         if repeated:
             raise ValueError(f"{min(repeated)} is given twice")
         return names
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _refuse_truth_as_seed(cls, seeds: Any) -> Any:
+        """Refuse true and false, which Python takes for 1 and 0."""
+        for seed in seeds if isinstance(seeds, list) else ():
+            if isinstance(seed, bool):
+                raise ValueError(f"a seed must be a number, got {str(seed).lower()}")
+        return seeds
 
     @field_validator("seeds")
     @classmethod

@@ -9,7 +9,6 @@ before anything trains.
 
 import ast
 import importlib.util
-import math
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -18,6 +17,14 @@ from typing import Any, Optional, Union, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
+from hftl.config.upstream_ranges import (
+    LORA_RANGES,
+    PATTERN_RANGES,
+    TRAINING_CHOICES,
+    TRAINING_RANGES,
+    check_choices,
+    check_ranges,
+)
 from hftl.errors import RecipeError, suggest_closest
 
 UPSTREAM_CLASSES = {
@@ -58,8 +65,6 @@ UNSUPPORTED_TRAINING_ARGS = (
     "gradient_checkpointing", "activation_checkpointing", "neftune_noise_alpha", "deepspeed",
     "fsdp", "auto_find_batch_size",
 )  # fmt: skip
-POSITIVE_TRAINING_ARGS = ("learning_rate", "num_train_epochs", "per_device_train_batch_size")
-POSITIVE_LORA_ARGS = ("r", "lora_alpha")
 RESERVED_LORA_ARGS = (
     "task_type", "peft_type", "inference_mode", "base_model_name_or_path", "revision",
     "auto_mapping", "peft_version",
@@ -88,11 +93,20 @@ def validate_training_args(section: str, values: Any) -> dict[str, object]:
         values: `training` as the recipe gives it.
 
     Raises:
-        RecipeError: for an unknown key, a value of another type, or what hftl decides itself.
+        RecipeError: for an unknown key, a value of another type or out of its range, or what hftl
+            decides itself.
     """
     values = _validate_values(section, "training", values)
-    numbers = {name: values[name] for name in POSITIVE_TRAINING_ARGS if name in values}
-    _check_positive(numbers, f"{section}.training")
+    # null is refused as another type where it may not be.
+    given = {name: value for name, value in values.items() if value is not None}
+    check_ranges(given, TRAINING_RANGES, f"{section}.training")
+    check_choices(values, TRAINING_CHOICES, f"{section}.training")
+    if values.get("dataloader_persistent_workers") and not values.get("dataloader_num_workers"):
+        raise RecipeError(
+            f"{section}.training.dataloader_persistent_workers=true keeps workers, and "
+            "dataloader_num_workers is 0",
+            "Set dataloader_num_workers, or remove it",
+        )
     for name, value in values.items():
         key = f"{section}.training.{name}"
         if name in RESERVED_ARGS or name.startswith("hub_"):
@@ -145,7 +159,7 @@ def validate_lora_args(section: str, values: Any) -> dict[str, object]:
 
 
 def check_lora_values(settings: Mapping[str, object], place: str) -> None:
-    """Refuse a string where peft expects a list, and ranks and scales of 0.
+    """Refuse a string where peft expects a list, and numbers out of their range.
 
     Of a recipe `validate_lora_args` calls it, of a user's own script `prepare`; what is left to
     check of a model are the names of its modules.
@@ -157,17 +171,11 @@ def check_lora_values(settings: Mapping[str, object], place: str) -> None:
         if isinstance(settings.get(field), str):
             name = settings[field]
             raise RecipeError(f"{place}.{field} must be a list, got {name!r}", f"Write [{name}]")
-    numbers = {name: settings[name] for name in POSITIVE_LORA_ARGS if name in settings}
-    for field in ("rank_pattern", "alpha_pattern"):
+    check_ranges(settings, LORA_RANGES, place)
+    for field, allowed in PATTERN_RANGES.items():
         pattern = settings.get(field)
         if isinstance(pattern, Mapping):
-            numbers |= {f"{field}.{key}": value for key, value in pattern.items()}
-    _check_positive(numbers, place)
-    dropout = settings.get("lora_dropout", 0)
-    if not (isinstance(dropout, int | float) and 0 <= dropout < 1):
-        raise RecipeError(
-            f"{place}.lora_dropout must be from 0 to below 1, got {dropout!r}", "Correct the value"
-        )
+            check_ranges(pattern, dict.fromkeys(pattern, allowed), f"{place}.{field}")
 
 
 def _validate_values(section: str, kind: str, values: Any) -> dict[str, object]:
@@ -185,14 +193,6 @@ def _validate_values(section: str, kind: str, values: Any) -> dict[str, object]:
             )
     values = {name: validate_value(kind, prefix + name, value) for name, value in values.items()}
     return values
-
-
-def _check_positive(numbers: Mapping[str, object], place: str) -> None:
-    for name, value in numbers.items():
-        if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
-            raise RecipeError(
-                f"{place}.{name} must be a number above 0, got {value!r}", "Correct the value"
-            )
 
 
 def validate_value(kind: str, key: str, value: Any) -> Any:

@@ -198,10 +198,12 @@ def wrap_with_lora(
         section: of the recipe: `finetune` or `adapt`.
 
     Raises:
-        RecipeError: if peft refuses the settings, or wraps another number of layers than expected.
+        RecipeError: if peft refuses the settings, or wraps another number of layers than expected;
+            for a rank above both sides of every layer.
     """
     place = f"{section}.lora"
     check_module_names(model, settings, place)
+    _check_ranks(model, architecture, settings, place)
     fields = dict(settings)
     all_layers = fields.get("target_modules") in (None, ALL_LINEAR)
     if all_layers:
@@ -274,6 +276,41 @@ def build_path_pattern(paths: Sequence[str], modules: Sequence[str]) -> str:
     )
     matched = {module for module in modules if re.fullmatch(any_block, module)}
     return any_block if matched == set(paths) else same_blocks
+
+
+def _check_ranks(
+    model: nn.Module, architecture: ArchitectureSpec, settings: Mapping[str, object], place: str
+) -> None:
+    """Refuse a rank above both sides of every layer of the blocks, before memory is asked for it.
+
+    No update has a rank above the smaller side of its layer: the rest is idle.
+    """
+    encoder = get_stock_encoder(model, architecture)
+    sides = [
+        side
+        for path in list_block_paths(encoder, architecture)
+        for layer in get_submodule(encoder, path).modules()
+        if isinstance(layer, WEIGHT_LAYERS)
+        for side in _get_sides(layer)
+    ]
+    pattern = settings.get("rank_pattern")
+    ranks: dict[str, Any] = {"r": settings.get("r", 0)}
+    if isinstance(pattern, Mapping):
+        ranks |= {f"rank_pattern.{name}": rank for name, rank in pattern.items()}
+    for name, rank in ranks.items():
+        if sides and rank > max(sides):
+            raise RecipeError(
+                f"{place}.{name}={rank} is above both sides of every layer; the longest is "
+                f"{max(sides)}",
+                "Use a smaller rank, such as 8",
+            )
+
+
+def _get_sides(layer: Any) -> tuple[int, int]:
+    """Return the numbers of a layer's inputs and outputs; weights in 4 bits have another shape."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    return layer.in_channels, layer.out_channels
 
 
 def _get_saved_name(name: str, architecture: ArchitectureSpec) -> str:

@@ -165,7 +165,9 @@ def _build_text_task(
         return masking.MaskedBlocks(blocks, masks, seed, pad_id, fixed)
 
     def held(blocks: Any) -> Subset[Any]:
-        return Subset(predicted(blocks, True), _spread_indices(len(blocks), HELD_OUT_ROWS))
+        rows = Subset(predicted(blocks, True), _spread_indices(len(blocks), HELD_OUT_ROWS))
+        check_something_is_hidden(rows, stage)
+        return rows
 
     return training.AdaptationData(
         predicted(corpus.train, False),
@@ -173,6 +175,22 @@ def _build_text_task(
         None if corpus.general is None else held(corpus.general),
         lambda rows: masking.collate_masked_blocks(rows, tokenizer.pad_token_id),
     )
+
+
+def check_something_is_hidden(rows: Subset[Any], stage: Adapt) -> None:
+    """Refuse blocks of which no token is to be predicted: they have no loss.
+
+    Raises:
+        RecipeError: naming `adapt.mask_ratio`.
+    """
+    if stage.objective != "mlm":
+        return
+    if not any(len(rows[i]["positions"]) for i in range(len(rows))):
+        raise RecipeError(
+            f"adapt.mask_ratio={stage.masked_share} hides no token of the texts that the loss is "
+            "measured on",
+            "Use a larger share, such as 0.15, or give more text",
+        )
 
 
 def _build_image_task(

@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import DynamoBackend
 from torch import nn
 from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.training_args import OptimizerNames
 
-from hftl.errors import RecipeError, format_error_line
+from hftl.errors import RecipeError, format_error_line, suggest_closest
 from hftl.measure.metrics import METRICS, SELECTION_METRICS
 from hftl.runtime.hardware import choose_precision
 from hftl.train.hf_compat import use_one_device
@@ -53,14 +54,16 @@ def build_training_arguments(
     try:
         fields: Any = {**common, **defaults, **training, **decided}
         args = TrainingArguments(**fields)
-    except (ValueError, TypeError, ImportError) as error:
-        # ImportError where an argument needs a package that is not installed.
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        # ImportError where an argument needs a package that is not installed, OSError where it
+        # names a file that cannot be read.
         raise RecipeError(
             f"{section}.training: transformers refuses it: {format_error_line(error)}",
             "Correct the section",
         ) from error
     # transformers would split a batch over all visible devices by itself (DataParallel).
     use_one_device(args)
+    _check_compiler(section, args)
     _check_reporting(section, args)
     _check_scheduler(section, args)
     _check_optimizer(section, args)
@@ -99,6 +102,21 @@ def build_finetune_arguments(
             "Leave it out",
         )
     return args
+
+
+def _check_compiler(section: str, args: TrainingArguments) -> None:
+    """Refuse a compiler that accelerate does not know, or torch does not have here."""
+    backend = args.torch_compile_backend
+    if backend is None or backend == "inductor":
+        return
+    present = torch.compiler.list_backends(exclude_tags=())
+    known = [kind.value.lower() for kind in DynamoBackend if kind.value.lower() in present]
+    if backend not in known:
+        raise RecipeError(
+            f"{section}.training.torch_compile_backend={backend} is not here"
+            f"{suggest_closest(backend, known)}",
+            f"Use one of {', '.join(known)}, or leave it out",
+        )
 
 
 def _check_reporting(section: str, args: TrainingArguments) -> None:
