@@ -94,6 +94,20 @@ def test_segments_that_the_model_does_not_embed_are_refused(tmp_path: Path) -> N
     assert isinstance(error, RecipeError) and "1 segment" in str(error)
 
 
+def test_general_data_are_read(tiny_model: Tiny, tmp_path: Path, table: Path) -> None:
+    for name, content, words in (
+        ("missing.csv", None, "does not exist"),
+        ("unclosed.csv", b'text,label\n"a film,x\n', "unclosed.csv"),
+        ("latin1.csv", "text,label\ncafé,x\n".encode("latin-1"), "latin1.csv"),
+        ("unlabelled.csv", b"text\na film\n", "no column 'label'"),
+    ):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        data = {"general": {"path": str(tmp_path / name), "label": "label"}}
+        error = refuse(build_tree(tiny_model(), table, data=data), tmp_path / name.split(".")[0])
+        assert isinstance(error, DataError) and words in str(error), error
+
+
 @pytest.mark.parametrize("adapt", [None, {"objective": "mae"}])
 def test_source_of_one_channel_is_refused(adapt: dict[str, Any] | None, tmp_path: Path) -> None:
     model = save_tiny("vit", tmp_path / "model")

@@ -39,7 +39,6 @@ from hftl.pipeline.push import PushOptions, check_push_access, push_finished_run
 from hftl.pipeline.retention import (
     check_recipe_retention,
     check_replay_labels,
-    reads_general_labels,
 )
 from hftl.pipeline.run import ArmContexts, Run
 from hftl.pipeline.slices import check_slices
@@ -225,7 +224,7 @@ def check_recipe(recipe: Recipe, baseline: bool = False) -> tuple[dict[str, str]
     if not arms:
         warnings = warn_of_few_steps(recipe, context)
         return build_adaptation_header(recipe, context), CheckFacts(warnings=warnings)
-    if reads_general_labels(recipe):
+    if recipe.data.general is not None:
         data = pin_revisions(recipe.data, context.prepared.facts.hub_revisions)
         spec = infer_input_spec(context.source, context.prepared.task)
         context.general = load_general(data, context.prepared, spec)
