@@ -129,6 +129,11 @@ RULES: dict[str, CacheRules] = {
 }  # fmt: skip
 
 
+def _format(value: object) -> str:
+    """Return a value as a refusal shows it: 5.0 is 5."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 @pytest.mark.parametrize("key", FLAT)
 def test_each_key_is_read_or_named_as_irrelevant_with_a_reason(key: str) -> None:
     """A changed key changes the cache key of every part that does not name it as irrelevant."""
@@ -136,7 +141,7 @@ def test_each_key_is_read_or_named_as_irrelevant_with_a_reason(key: str) -> None
     reasons = {part: rule.explain(key) for part, rule in RULES.items()}
     for part, rule in RULES.items():
         changes = describe_changes(rule.select(before), rule.select(after))
-        line = f"{key}: {before[key]} -> {after[key]}"
+        line = f"{key}: {_format(before[key])} -> {_format(after[key])}"
         assert changes == ([line] if reasons[part] is None else []), part
         assert reasons[part] != "", f"{part} ignores {key} without a reason"
     section, _, name = key.partition(".")

@@ -339,9 +339,9 @@ def test_run_records_the_weights_and_the_card_says_them(
     ("overrides", "words"),
     [
         (["finetune.class_weight={negativ: 2}"], "no row has the label 'negativ'.*'negative'"),
-        (["finetune.class_weight={negative: -1}"], "'negative' weighs -1, expected a finite"),
+        (["finetune.class_weight={negative: -1}"], "'negative' weighs -1, expected a number"),
         (["finetune.class_weight={negative: .inf}"], "must be a finite number, got inf"),
-        (["finetune.class_weight={negative: true}"], "'negative' weighs True, expected a finite"),
+        (["finetune.class_weight={negative: true}"], "'negative' weighs True, expected a number"),
         (["finetune.class_weight={negative: 0, positive: 0}"], "every class weighs 0"),
         (["finetune.class_weight={}"], "finetune.class_weight is {}"),
         (["finetune.class_weight=inverse"], "finetune.class_weight is 'inverse'"),

@@ -96,7 +96,8 @@ def test_link_out_of_the_folder_is_found_but_for_the_cache_of_a_hub(
         target.parent.mkdir(exist_ok=True)
         target.write_text("{}")
         (place / name).symlink_to(target)
-    assert find_foreign_setting(folder) == f"{name} is a link that leads out of the folder, and no file of it"
+    why = f"{name} is a link that leads out of the folder, and no file of it"
+    assert find_foreign_setting(folder) == why
     assert find_foreign_setting(cached) is None
     (cached / name).unlink()
     (cached / name).symlink_to(secret)

@@ -13,7 +13,8 @@ import pytest
 ORDER = [
     "errors", "plurals", "train.hf_compat",
     "finetune.strategies",  # a table without imports, which the recipe's schema is made from
-    "config.section", "config.overrides", "config.secrets", "config.upstream_args",
+    "config.section", "config.overrides", "config.secrets", "config.upstream_ranges",
+    "config.upstream_args",
     "config.data", "config.adapt", "config.finetune",
     "config.retain", "config.measure", "config.publish", "config.validation", "config.recipe",
     "runtime.distributed", "runtime.imports", "runtime.interruption",

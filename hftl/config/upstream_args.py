@@ -22,8 +22,7 @@ from hftl.config.upstream_ranges import (
     PATTERN_RANGES,
     TRAINING_CHOICES,
     TRAINING_RANGES,
-    check_choices,
-    check_ranges,
+    Range,
 )
 from hftl.errors import RecipeError, suggest_closest
 
@@ -99,8 +98,8 @@ def validate_training_args(section: str, values: Any) -> dict[str, object]:
     values = _validate_values(section, "training", values)
     # null is refused as another type where it may not be.
     given = {name: value for name, value in values.items() if value is not None}
-    check_ranges(given, TRAINING_RANGES, f"{section}.training")
-    check_choices(values, TRAINING_CHOICES, f"{section}.training")
+    _check_ranges(given, TRAINING_RANGES, f"{section}.training")
+    _check_choices(values, TRAINING_CHOICES, f"{section}.training")
     if values.get("dataloader_persistent_workers") and not values.get("dataloader_num_workers"):
         raise RecipeError(
             f"{section}.training.dataloader_persistent_workers=true keeps workers, and "
@@ -171,11 +170,43 @@ def check_lora_values(settings: Mapping[str, object], place: str) -> None:
         if isinstance(settings.get(field), str):
             name = settings[field]
             raise RecipeError(f"{place}.{field} must be a list, got {name!r}", f"Write [{name}]")
-    check_ranges(settings, LORA_RANGES, place)
+    _check_ranges(settings, LORA_RANGES, place)
     for field, allowed in PATTERN_RANGES.items():
         pattern = settings.get(field)
         if isinstance(pattern, Mapping):
-            check_ranges(pattern, dict.fromkeys(pattern, allowed), f"{place}.{field}")
+            _check_ranges(pattern, dict.fromkeys(pattern, allowed), f"{place}.{field}")
+
+
+def _check_ranges(values: Mapping[str, object], ranges: Mapping[str, Range], place: str) -> None:
+    """Refuse a value outside its range; names without one pass.
+
+    Args:
+        values: by name.
+        ranges: by the same names.
+        place: the recipe key that holds them, as `finetune.training`.
+
+    Raises:
+        RecipeError: naming the key, the range and the value.
+    """
+    for name, value in values.items():
+        if name in ranges and value not in ranges[name]:
+            raise RecipeError(
+                f"{place}.{name} must be {ranges[name]}, got {value!r}", "Correct the value"
+            )
+
+
+def _check_choices(
+    values: Mapping[str, object], choices: Mapping[str, tuple[str | None, ...]], place: str
+) -> None:
+    """Refuse a value that is none of its choices; names without choices pass.
+
+    Raises:
+        RecipeError: naming the key, the choices and the value.
+    """
+    for name, value in values.items():
+        if name in choices and value not in choices[name]:
+            known = " or ".join(word or "null" for word in choices[name])
+            raise RecipeError(f"{place}.{name} must be {known}, got {value!r}", "Correct the value")
 
 
 def _validate_values(section: str, kind: str, values: Any) -> dict[str, object]:

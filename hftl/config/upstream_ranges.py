@@ -8,8 +8,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hftl.errors import RecipeError
-
 
 @dataclass(frozen=True)
 class Range:
@@ -79,35 +77,3 @@ TRAINING_CHOICES: Mapping[str, tuple[str | None, ...]] = {
     # A recipe cannot hold an object of accelerate's.
     "parallelism_config": (None,),
 }
-
-
-def check_ranges(values: Mapping[str, object], ranges: Mapping[str, Range], place: str) -> None:
-    """Refuse a value outside its range; names without one pass.
-
-    Args:
-        values: by name.
-        ranges: by the same names.
-        place: the recipe key that holds them, as `finetune.training`.
-
-    Raises:
-        RecipeError: naming the key, the range and the value.
-    """
-    for name, value in values.items():
-        if name in ranges and value not in ranges[name]:
-            raise RecipeError(
-                f"{place}.{name} must be {ranges[name]}, got {value!r}", "Correct the value"
-            )
-
-
-def check_choices(
-    values: Mapping[str, object], choices: Mapping[str, tuple[str | None, ...]], place: str
-) -> None:
-    """Refuse a value that is none of its choices; names without choices pass.
-
-    Raises:
-        RecipeError: naming the key, the choices and the value.
-    """
-    for name, value in values.items():
-        if name in choices and value not in choices[name]:
-            known = " or ".join(word or "null" for word in choices[name])
-            raise RecipeError(f"{place}.{name} must be {known}, got {value!r}", "Correct the value")

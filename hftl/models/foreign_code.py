@@ -113,7 +113,7 @@ def names_outside_file(key: str, value: object) -> bool:
         return isinstance(value, str)
     names = value if isinstance(value, list) else [value]
     texts = [name for name in names if isinstance(name, str)]
-    return key.endswith(("_file", "_files")) and any(map(leaves_folder, texts))
+    return key.removesuffix("s").endswith("_file") and any(map(leaves_folder, texts))
 
 
 def find_foreign_setting(folder: Path, may_link: bool = False) -> str | None:

@@ -258,9 +258,7 @@ def _run_arm(run: Run, context: ExperimentContext, job: Job) -> ArmOutput:
     return output
 
 
-def search_scratch_rate(
-    run: Run, context: ExperimentContext, job: Job, sharers: int = 1
-) -> None:
+def search_scratch_rate(run: Run, context: ExperimentContext, job: Job, sharers: int = 1) -> None:
     """Search scratch's learning rate and length once, on the first seed. Collective.
 
     `sharers` as of `measure_energy`.
