@@ -32,9 +32,10 @@ from hftl.data.rows import InputSpec
 from hftl.errors import DataWarning, RunFolderError
 from hftl.finetune import baselines
 from hftl.finetune.arm import train_arm
-from hftl.finetune.arm_files import ArmOutput
+from hftl.finetune.arm_files import ArmOutput, read_metrics_file
 from hftl.finetune.baselines import train_scratch
 from hftl.finetune.context import ExperimentContext
+from hftl.pipeline import arms
 from hftl.pipeline.changed_inputs import check_unfinished
 from hftl.retain.kl import KLToOriginal
 from hftl.retain.regularizer import Retention
@@ -485,10 +486,21 @@ def test_seed_is_predicted_by_a_trial_of_its_own_alone(
     seed: int, trained: list[int], recipe_tree: dict[str, Any], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """A run that was killed after its search may go on with another first seed."""
+    """A run that was killed after its search may go on with another first seed.
+
+    What a trial has spent counts for the seed that is predicted by it, though the trial was made by
+    another process.
+    """
     recipe_tree["finetune"]["strategy"] = "head"
     recipe_tree["measure"] |= {"arms": ["scratch"], "seeds": [0], "parallel": "data"}
     seeds: list[int] = []
+
+    @contextmanager
+    def spend_one(sharers: int = 1) -> Iterator[dict[str, float]]:
+        yield (energy := {})
+        energy["energy_kwh"] = 1.0
+
+    monkeypatch.setattr(arms, "measure_energy", spend_one)
 
     def kill(*_: Any) -> None:
         raise RuntimeError("killed")
@@ -504,7 +516,8 @@ def test_seed_is_predicted_by_a_trial_of_its_own_alone(
     monkeypatch.setattr(baselines, "train_scratch", train)
     hftl.run(Recipe.parse(recipe_tree), tmp_path / "run", until="finetune")
     assert seeds == trained
-    assert (tmp_path / "run" / "arms" / f"scratch-seed{seed}").exists()
+    arm = read_metrics_file(tmp_path / "run" / "arms" / f"scratch-seed{seed}")
+    assert arm.timings["energy_kwh"] == (1.0 if trained else 2.0)
 
 
 @pytest.mark.slow

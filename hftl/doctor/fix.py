@@ -1,6 +1,7 @@
 """Fix an adapter's folder where that needs no guess and removes nothing (`hftl doctor --fix`)."""
 
 import json
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,11 +127,10 @@ def _rename_tensors(examination: Examination, names: dict[str, str]) -> str:
     aside = path.with_name(f"{run_folder.TEMPORARY}{path.name}")
     described = [run_folder.hash_file(file) for file in (path, aside) if file.exists()]
     tensors = {names.get(key, key): tensor for key, tensor in load_file(path).items()}
-    try:
+    with ExitStack() as stack:
+        stack.callback(aside.unlink, missing_ok=True)
         save_file(tensors, aside, metadata=metadata)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+        stack.pop_all()
     published = examination.folder.published_weights
     if published.get(ADAPTER_WEIGHTS) in described:
         changed = {**published, ADAPTER_WEIGHTS: run_folder.hash_file(aside)}
