@@ -288,7 +288,9 @@ def test_curve_of_targets_counts_labels_in_all(
 
 def test_curve_refuses_what_cannot_be_drawn(hftl: Hftl, recipe_file: Path, tmp_path: Path) -> None:
     run = ["--output", tmp_path / "out"]
-    hftl("curve", recipe_file, "--sizes", "5,5000", *run).assert_error(3, "5000")
+    hftl("curve", recipe_file, "--sizes", "5,5000", *run).assert_error(
+        3, "the class 'negative' has 48 rows left", "fewer than --sizes 5000", "smaller --sizes"
+    )
     hftl("curve", recipe_file, "--sizes", "5", *run).assert_error(2, "no curve")
     hftl("curve", recipe_file, "--sizes", "a,b", *run).assert_error(2, "no list of numbers")
     hftl("curve", recipe_file, "--arms", "clasical", *run).assert_error(2, "clasical", "classical")

@@ -11,7 +11,7 @@ import pytest
 from hftl.config.data import Data
 from hftl.data.prepare import prepare_data
 from hftl.data.rows import Row
-from hftl.data.splits import draw_shots, hash_row, take_stratified
+from hftl.data.splits import draw_shots, hash_row, limit_rows, take_stratified
 from hftl.errors import DataError
 
 SIZES = {"a": 61, "b": 30, "c": 9}
@@ -182,3 +182,11 @@ def test_a_group_that_holds_a_whole_class_stays() -> None:
     for seed in range(20):
         taken, left = take_stratified(rows, 12, "classification", seed, "test", leave=1)
         assert "rare" in {row.label for row in left} and len(taken) == 12
+
+
+def test_a_group_that_alone_is_more_than_rows_are_asked_for_is_taken_whole() -> None:
+    rows = made(groups=1)
+    assert limit_rows(rows, 20, "classification", 0, "test") == rows
+    assert limit_rows(rows, 200, "classification", 0, "test") == rows
+    few = limit_rows(made(), 20, "classification", 0, "test")
+    assert few == take_stratified(made(), 20, "classification", 0, "test")[0] and len(few) == 20

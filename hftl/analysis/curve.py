@@ -28,7 +28,7 @@ from hftl.analysis.facts import (
 from hftl.analysis.feature_store import FeatureStore, describe_provenance
 from hftl.config.recipe import Recipe
 from hftl.data.rows import Row
-from hftl.data.splits import TASKS_WITHOUT_CLASS_SHOTS, draw_shots, hash_row, take_stratified
+from hftl.data.splits import TASKS_WITHOUT_CLASS_SHOTS, draw_shots, hash_row, limit_rows
 from hftl.errors import DataError, RecipeError
 from hftl.finetune.context import ExperimentContext
 from hftl.measure.gain import assign_units
@@ -102,8 +102,7 @@ def _pool_rows(context: ExperimentContext, most: int) -> ExperimentContext:
     """Return the context with so many rows of train and test at most."""
     rows = dict(context.prepared.rows)
     for split in ("train", "test"):
-        if len(rows[split]) > most:
-            rows[split] = take_stratified(rows[split], most, context.prepared.task, 0, "curve")[0]
+        rows[split] = limit_rows(rows[split], most, context.prepared.task, 0, "curve")
     prepared = replace(context.prepared, rows=rows)
     return replace(context, prepared=prepared, shots=None, _probes={}, class_scores={})
 
@@ -122,7 +121,11 @@ def _choose_sizes(context: ExperimentContext, given: Sequence[int]) -> list[int]
             raise RecipeError(
                 f"--sizes {','.join(map(str, given))} is no curve", "Give two or more"
             )
-        draw_shots(rows, sizes[-1], task, 0)
+        try:
+            draw_shots(rows, sizes[-1], task, 0)
+        except DataError as error:
+            what = error.what.replace("shots=", "--sizes ")
+            raise DataError(what, "Give smaller --sizes, or more rows") from error
         return sizes
     factor = TOTAL_FACTOR if task in TASKS_WITHOUT_CLASS_SHOTS else 1
     sizes = [5 * factor]
@@ -147,10 +150,8 @@ def _holds(rows: list[Row], size: int, task: str) -> bool:
 def _cut_context(context: ExperimentContext, size: int) -> ExperimentContext:
     """Return the context at a number of labels: who has few has no more for validation."""
     prepared = context.prepared
-    held = prepared.rows["validation"]
     count = size if prepared.task in TASKS_WITHOUT_CLASS_SHOTS else size * len(prepared.names)
-    if len(held) > count:
-        held = take_stratified(held, count, prepared.task, 0, "curve")[0]
+    held = limit_rows(prepared.rows["validation"], count, prepared.task, 0, "curve")
     rows = {**prepared.rows, "validation": sorted(held, key=hash_row)}
     # A probe is known by its seed, and entailment by its prompts: those of other rows are others.
     prepared = replace(prepared, rows=rows)

@@ -145,8 +145,16 @@ def iterate_sets(
         try:
             rows = read_part(changed, own, "unlabeled", most)
         except HftlError as error:
-            raise rename_key(error, "data.unlabeled.path:", "--to:") from error
+            raise _name_table(error, path) from error
         yield path, rows, own
+
+
+def _name_table(error: HftlError, path: str) -> HftlError:
+    """Return an error of a table that was given by `--to`, and has no key of its own."""
+    named = rename_key(error, "data.unlabeled.path:", "--to:")
+    named = rename_key(named, "data.unlabeled:", f"--to {path}:")
+    fix = "Give a table with the columns of data.train"
+    return type(error)(named.what, fix if "data.unlabeled" in error.fix else error.fix)
 
 
 def _replace_unlabeled(recipe: Recipe, table: Table) -> Recipe:

@@ -18,7 +18,7 @@ from hftl.analysis.out_of_fold import MIN_ROWS, encode_columns, to_logits
 from hftl.config.finetune import ClassWeight
 from hftl.config.recipe import Recipe
 from hftl.data.rows import Row
-from hftl.data.splits import take_stratified
+from hftl.data.splits import limit_rows
 from hftl.errors import DataError
 from hftl.finetune.context import ExperimentContext
 from hftl.measure.gain import assign_units
@@ -29,6 +29,8 @@ from hftl.plurals import count_noun
 from hftl.runtime.progress import track
 
 CKA_ROWS = 500
+PURPOSE = "analysis"
+"""Of the draw of rows, see `take_stratified`."""
 
 
 def probe_layers(
@@ -47,7 +49,9 @@ def probe_layers(
     """
     metric = find_metric(recipe.measure.metric, context.prepared.task)
     draws = _draw_train_rows(recipe, context, most_rows)
-    held = limit_rows(context, context.prepared.rows["validation"], most_rows, 0)
+    held = limit_rows(
+        context.prepared.rows["validation"], most_rows, context.prepared.task, 0, PURPOSE
+    )
     for split, count in (("train", min(map(len, draws))), ("validation", len(held))):
         if count < MIN_ROWS:
             raise DataError(
@@ -96,17 +100,10 @@ def probe_layers(
 def _draw_train_rows(recipe: Recipe, context: ExperimentContext, most: int) -> list[list[Row]]:
     """Return the training rows of each seed; once, where all seeds train on the same."""
     draws = [
-        limit_rows(context, context.select_train_rows(seed), most, seed)
+        limit_rows(context.select_train_rows(seed), most, context.prepared.task, seed, PURPOSE)
         for seed in recipe.measure.seeds
     ]
     return draws[:1] if all(rows == draws[0] for rows in draws) else draws
-
-
-def limit_rows(context: ExperimentContext, rows: list[Row], most: int, seed: int) -> list[Row]:
-    """Return the rows, or so many of them, every class in its proportion."""
-    if len(rows) <= most:
-        return rows
-    return take_stratified(rows, most, context.prepared.task, seed, "analysis")[0]
 
 
 def _predict_site(

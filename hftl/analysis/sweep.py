@@ -178,7 +178,7 @@ def halve_validation(context: ExperimentContext) -> ExperimentContext:
         raise DataError(
             f"validation has {len(rows)} rows in halves of {len(first)} and {len(second)}, and the "
             f"one that chooses and the one that measures need {MIN_ROWS // 2} each",
-            "Raise data.validation",
+            "Give more rows or groups, raise data.validation, or data.shots where that limits it",
         )
     halves = {**prepared.rows, CHOOSING: first, HELD: second}
     return replace(context, prepared=replace(prepared, rows=halves))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable
 from hftl.data.labels import get_label_names
 from hftl.data.rows import Row
 from hftl.errors import DataError
+from hftl.plurals import count_noun
 
 MEASURED_SPLITS = ("validation", "test")
 """The splits that arms are measured on."""
@@ -86,6 +87,16 @@ def _group_rows(rows: list[Row], seed: int, purpose: str) -> list[list[int]]:
     )
 
 
+def limit_rows(rows: list[Row], most: int, task: str, seed: int, purpose: str) -> list[Row]:
+    """Return the rows, or about `most` of them, drawn as by `take_stratified`.
+
+    All of them where every group alone is further from that than none.
+    """
+    if len(rows) <= most:
+        return rows
+    return take_stratified(rows, most, task, seed, purpose)[0] or rows
+
+
 def draw_shots(rows: list[Row], shots: int | None, task: str, seed: int) -> list[Row]:
     """Draw `shots` rows of each class; a larger draw contains every smaller one.
 
@@ -107,7 +118,8 @@ def draw_shots(rows: list[Row], shots: int | None, task: str, seed: int) -> list
         if len(members) < shots:
             subject = f"the class {name!r}" if name else "train"
             raise DataError(
-                f"{subject} has {len(members)} rows left for training, fewer than shots={shots}",
+                f"{subject} has {count_noun(len(members), 'row')} left for training, fewer than "
+                f"shots={shots}",
                 "Lower data.shots or the fractions",
             )
     drawn = {id(row): row for members in by_class.values() for row in members[:shots]}

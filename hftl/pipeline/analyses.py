@@ -20,7 +20,7 @@ from hftl.analysis.facts import (
     ShiftAnalysis,
 )
 from hftl.analysis.feature_store import FeatureStore, build_store_key
-from hftl.analysis.layer_probe import CKA_ROWS, limit_rows, probe_layers
+from hftl.analysis.layer_probe import CKA_ROWS, PURPOSE, probe_layers
 from hftl.analysis.rank import rank_sources
 from hftl.analysis.shift import compare_sets
 from hftl.analysis.tables import (
@@ -35,6 +35,7 @@ from hftl.config.measure import UNLABELLED_ANALYSES
 from hftl.config.overrides import apply_overrides, read_yaml, set_key
 from hftl.config.recipe import Arm, Recipe
 from hftl.data.prepare import hash_data_files
+from hftl.data.splits import limit_rows
 from hftl.errors import RecipeError, suggest_closest
 from hftl.finetune.arm import train_arm
 from hftl.finetune.baselines import search_rate, solve_arm, train_scratch
@@ -74,7 +75,8 @@ def run_probe(recipe: Recipe, context: ExperimentContext, folder: Path, most_row
     with open_run(folder) as features:
         store = FeatureStore(context, features)
         facts: ProbeAnalysis = probe_layers(recipe, context, store, most_rows)
-        rows = limit_rows(context, context.prepared.rows["validation"], CKA_ROWS, 0)
+        held, task = context.prepared.rows["validation"], context.prepared.task
+        rows = limit_rows(held, CKA_ROWS, task, 0, PURPOSE)
         run, pooling = Run(recipe, folder, lambda line: None), facts.similarity.pooling
         trained = compare_trained_arms(run, context, store, rows, pooling)
         facts = facts.model_copy(update={"trained": trained})
