@@ -100,7 +100,7 @@ def test_folds_deal_classes_and_hold_groups_together() -> None:
     assert np.bincount(grouped).max() <= 8
     with pytest.raises(DataError, match="train has 9 rows, fewer than 10"):
         assign_folds(np.arange(9), None)
-    with pytest.raises(DataError, match="train has 1 groups, fewer than 2"):
+    with pytest.raises(DataError, match="train has 1 group, fewer than 2"):
         assign_folds(np.arange(12), np.array(["a"] * 12))
 
 

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from hftl.analysis.nearest import predict_left_out
-from hftl.analysis.probe import C_GRID, FOLDS, Probe, find_axes, fit_probe
+from hftl.analysis.probe import C_GRID, FOLDS, Probe, find_axes, find_penalty, fit_probe
 from hftl.errors import DataError
+from hftl.plurals import count_noun
 
 MIN_ROWS = 2 * FOLDS
 STRONG = 5
@@ -21,10 +22,10 @@ def assign_folds(labels: np.ndarray, groups: np.ndarray | None, folds: int = FOL
     """
     units = len(labels) if groups is None else len(np.unique(groups))
     if len(labels) < MIN_ROWS or units < 2:
-        unit = "rows" if groups is None or len(labels) < MIN_ROWS else "groups"
-        count = len(labels) if unit == "rows" else units
+        unit = "row" if groups is None or len(labels) < MIN_ROWS else "group"
+        count = count_noun(len(labels) if unit == "row" else units, unit)
         raise DataError(
-            f"train has {count} {unit}, fewer than {MIN_ROWS if unit == 'rows' else 2} for "
+            f"train has {count}, fewer than {MIN_ROWS if unit == 'row' else 2} for "
             "cross-validation",
             "Give more rows, raise data.shots, or lower the fractions",
         )
@@ -77,7 +78,7 @@ def fit_folds(
     folds = assign_folds(targets, groups)
     cs, axes = C_GRID, find_axes(features, intercept)
     if outputs > 1:
-        cs = np.array([_choose_penalty(features, targets, outputs, groups, intercept, axes)])
+        cs = np.array([_choose_penalty(features, targets, groups, intercept, axes)])
     probes = []
     for fold in range(int(folds.max()) + 1):
         train = folds != fold
@@ -89,19 +90,18 @@ def fit_folds(
 
 
 def _choose_penalty(
-    features: np.ndarray, targets: np.ndarray, outputs: int, groups: np.ndarray | None,
-    intercept: bool, axes: np.ndarray | None,
+    features: np.ndarray, targets: np.ndarray, groups: np.ndarray | None, intercept: bool,
+    axes: np.ndarray | None,
 ) -> float:  # fmt: skip
     """Return the C of the least cross-validated loss.
 
     Weak penalties take most of the steps and hardly ever serve, so they are tried where the weakest
     of the others is the best.
     """
-    for cs in (C_GRID[:STRONG], C_GRID[STRONG - 1 :]):
-        probe = fit_probe(features, targets, outputs, groups, cs, intercept, axes=axes)
-        if probe.penalty < C_GRID[STRONG - 1]:
-            break
-    return probe.penalty
+    chosen = find_penalty(features, targets, groups, C_GRID[:STRONG], intercept, axes)
+    if chosen < C_GRID[STRONG - 1]:
+        return chosen
+    return find_penalty(features, targets, groups, C_GRID[STRONG - 1 :], intercept, axes)
 
 
 def predict_folds(features: np.ndarray, folds: np.ndarray, probes: Sequence[Probe]) -> np.ndarray:

@@ -112,15 +112,36 @@ def fit_linear(
 
     Shapes as in `fit_probe` and `fit_logistic`.
     """
-    turned = turn_rows(x) if axes is None else (x @ axes.T, Axes(np.eye(len(axes)), axes))
-    # scikit-learn's ridge regression refuses rows without a column.
-    if turned is not None and turned[0].shape[1]:
+    turned = _turn(x, axes)
+    if turned is not None:
         rows, span = turned
         weight, bias, penalty = _fit_turned(
             rows, labels, outputs, groups, cs, alphas, intercept, weights
         )
         return span.expand(weight), bias, penalty
     return _fit_turned(x, labels, outputs, groups, cs, alphas, intercept, weights)
+
+
+def _turn(x: Any, axes: np.ndarray | None) -> tuple[np.ndarray, Axes] | None:
+    """Return rows on given axes or on their own; None as `turn_rows`, and where they have none."""
+    turned = turn_rows(x) if axes is None else (x @ axes.T, Axes(np.eye(len(axes)), axes))
+    # scikit-learn's ridge regression refuses rows without a column.
+    return turned if turned is not None and turned[0].shape[1] else None
+
+
+def find_penalty(
+    features: np.ndarray, labels: np.ndarray, groups: np.ndarray | None, cs: np.ndarray,
+    intercept: bool = True, axes: np.ndarray | None = None,
+) -> float:  # fmt: skip
+    """Return the C of classes that `fit_probe` takes under the same arguments, without its fit."""
+    known = np.isfinite(features).all(1)
+    standard, labels = _standardize(features[known], intercept)[0], labels[known]
+    groups = None if groups is None else groups[known]
+    turned = _turn(standard, axes)
+    rows = standard if turned is None else turned[0]
+    columns = [labels] if labels.ndim == 1 else list(labels.T.astype(np.int64))
+    chosen = [_choose_c(rows, column, groups, cs, intercept, None) for column in columns]
+    return float(np.median(chosen))
 
 
 def _fit_turned(

@@ -31,7 +31,7 @@ from hftl.config.recipe import Recipe
 from hftl.config.section import Source
 from hftl.data.prepare import PreparedData, prepare_data
 from hftl.data.rows import InputSpec, Row
-from hftl.data.splits import hash_row, take_stratified
+from hftl.data.splits import hash_row, limit_rows
 from hftl.errors import HftlError, HubError, NumericError, RecipeError
 from hftl.finetune.build_context import build_context, infer_input_spec
 from hftl.finetune.context import ExperimentContext
@@ -82,8 +82,7 @@ def rank_sources(recipe: Recipe, names: Sequence[str], root: Path, most_rows: in
     for name in track(list(dict.fromkeys(names)), "sources"):
         try:
             context = _open_source(recipe, name, prepared)
-            rows = _select_rows(context, recipe.measure.seeds[0], most_rows)
-            _check_same_rows(name, rows, scored)
+            rows = _select_rows(name, context, recipe.measure.seeds[0], most_rows, scored)
             scored.append(_score_source(name, context, rows, root, metric))
         except (RecipeError, HubError, NumericError) as error:
             errors.append(error)
@@ -120,26 +119,25 @@ def _open_source(
     return build_context(changed, source, prepared[spec])
 
 
-def _check_same_rows(name: str, rows: list[Row], scored: list[ScoredSource]) -> None:
-    """Refuse a source whose size of patches drops other images: scores are of the same rows.
+def _select_rows(
+    name: str, context: ExperimentContext, seed: int, most: int, scored: list[ScoredSource]
+) -> list[Row]:
+    """Return the training rows of a seed, or so many of them, every class in its proportion.
 
     Raises:
-        RecipeError: naming it.
+        RecipeError: if the source's size of patches drops other images than those of the sources
+            before it: scores are of the same rows.
     """
+    for known in scored:
+        if known.context.prepared is context.prepared:
+            return known.rows
+    rows = limit_rows(context.select_train_rows(seed), most, context.prepared.task, 0, "rank")
     if scored and [*map(hash_row, rows)] != [*map(hash_row, scored[0].rows)]:
         raise RecipeError(
             f"{name} reads other rows of the data than {scored[0].name}",
             "Rank it by itself, or remove the rows that only one of them can read",
         )
-
-
-def _select_rows(context: ExperimentContext, seed: int, most: int) -> list[Row]:
-    """Return the training rows of a seed, or so many of them, every class in its proportion."""
-    prepared = context.prepared
-    rows = context.select_train_rows(seed)
-    if len(rows) <= most:
-        return rows
-    return take_stratified(rows, most, prepared.task, 0, "rank")[0]
+    return rows
 
 
 def _score_source(
