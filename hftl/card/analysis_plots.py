@@ -78,6 +78,7 @@ def plot_probe(facts: ProbeAnalysis, path: Path) -> None:
     image = square.imshow(facts.similarity.cka, vmin=0, vmax=1, origin="lower", cmap="Blues")
     square.set_title(f"CKA between layers, {facts.similarity.pooling}", fontsize=10)
     square.set_xlabel("layer")
+    square.locator_params(integer=True)
     figure.colorbar(image, ax=square, shrink=0.8)
     if facts.trained:
         _draw_trained(more[0], facts)
@@ -119,13 +120,12 @@ def plot_curve(facts: CurveAnalysis, path: Path) -> None:
         low, high = forecast.predicted.ci95 or (forecast.predicted.value,) * 2
         axes.plot([forecast.labels] * 2, [low, high], color=color, linewidth=2, alpha=0.6)
     axes.set_xscale("log")
-    ticks = [*facts.sizes, 2 * facts.sizes[-1]]
+    ahead = {arm.forecast.labels for arm in facts.arms if arm.forecast is not None}
+    ticks = [*facts.sizes, *ahead]
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
-    axes.set_xlabel(
-        f"labels{' a class' if facts.per_class else ''}; dotted: the power law, and its 95 % "
-        "interval at twice the labels"
-    )
+    law = "; dotted: the power law, and its 95 % interval at twice the labels" if ahead else ""
+    axes.set_xlabel(f"labels{' a class' if facts.per_class else ''}{law}")
     better = "lower" if facts.lower_is_better else "higher"
     axes.set_ylabel(f"test {facts.metric}, {better} is better")
     axes.grid(alpha=0.3)
@@ -157,6 +157,7 @@ def plot_distance(facts: DistanceAnalysis, path: Path) -> None:
             axes.plot([estimate.value], [height], "o", color=color)
         axes.axvline(0, color=OTHER, linewidth=1, linestyle=":")
         axes.set_xlabel(title)
+        axes.locator_params(axis="x", nbins=4)
         axes.grid(axis="x", alpha=0.3)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(axis="y", length=0)
