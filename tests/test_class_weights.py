@@ -345,7 +345,7 @@ def test_run_records_the_weights_and_the_card_says_them(
         (["finetune.class_weight={negative: 0, positive: 0}"], "every class weighs 0"),
         (["finetune.class_weight={}"], "finetune.class_weight is {}"),
         (["finetune.class_weight=inverse"], "finetune.class_weight is 'inverse'"),
-        (["finetune.focal_gamma=-1"], "'finetune.focal_gamma': input should be greater"),
+        (["finetune.focal_gamma=-1"], "'finetune.focal_gamma' must be a number of at least 0"),
         (["data.task=regression"], "finetune.class_weight=balanced weighs classes"),
         (
             ["data.task=regression", "finetune.class_weight=null", "finetune.focal_gamma=2"],

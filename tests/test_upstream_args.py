@@ -41,14 +41,19 @@ def test_values_of_the_right_type(kind: str, name: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("kind", "name", "value", "expected_type"),
     [
-        ("training", "learning_rate", "high", "float"),
-        ("training", "learning_rate", [1e-4], "float"),
-        ("training", "per_device_train_batch_size", 2.5, "int"),
-        ("training", "bf16", "perhaps", "bool"),
-        ("lora", "r", "eight", "int"),
-        ("lora", "lora_dropout", "much", "float"),
-        ("lora", "peft_version", 3, "str or null"),
-        ("lora", "layers_to_transform", "all", "(int or list|list or int) or null"),
+        ("training", "learning_rate", "high", "a number"),
+        ("training", "learning_rate", [1e-4], "a number"),
+        ("training", "per_device_train_batch_size", 2.5, "a whole number"),
+        ("training", "bf16", "perhaps", "true or false"),
+        ("lora", "r", "eight", "a whole number"),
+        ("lora", "lora_dropout", "much", "a number"),
+        ("lora", "peft_version", 3, "a text, or null"),
+        (
+            "lora",
+            "layers_to_transform",
+            "all",
+            "a whole number, a list, each a whole number, or null",
+        ),
     ],
 )
 def test_values_of_another_type(kind: str, name: str, value: Any, expected_type: str) -> None:

@@ -19,6 +19,11 @@ class Search(Section):
     epochs_factor: float = Field(default=3, gt=0)
 
 
+ArmEntry = Annotated[
+    str | dict[str, dict[str, object] | None],
+    Field(description="an arm's name, or one with its changes, {name: {key: value}}"),
+]
+
 UNLABELLED_ANALYSES = ("distance", "shift")
 """Analyses that need no labels, and read rows besides the splits."""
 
@@ -30,7 +35,7 @@ class Measure(Section):
     """A built-in metric or `evaluate:<id>`; where none is given, pearson for regression,
     micro_f1 for multi-label, f1 of entities for token-classification."""
     seeds: list[Annotated[int, Field(ge=0, le=MAX_SEED)]] = Field(default=[0, 1, 2], min_length=1)
-    arms: list[str | dict[str, dict[str, object] | None]] = ["scratch", "head"]
+    arms: list[ArmEntry] = ["scratch", "head"]
     analyses: list[Literal["probe", "curve", "distance", "shift"]] = []
     """What is made of the source's frozen features, before anything trains, and shown with the
     run; each is a command, too."""

@@ -49,6 +49,7 @@ REGIONAL_LANGUAGE_CODE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})+")
 REPO_ID_PATTERN = re.compile(
     r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(?<![-.])(?<!\.git)", re.ASCII
 )
+NAME_WORDS = "a name of letters, digits, '.', '-' and '_'"
 MAX_REPO_ID_LENGTH = 91
 """The hub's 96 characters, less those of `-base`."""
 
@@ -56,15 +57,20 @@ MAX_REPO_ID_LENGTH = 91
 class Benchmark(Section):
     """Name a registered benchmark of the hub, whose test set `data.test` is."""
 
-    dataset: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
-    task_id: str = Field(pattern=r"^[\w.-]+$")
+    dataset: str = Field(
+        pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$",
+        description="a dataset of the hub as owner/name",
+    )
+    task_id: str = Field(pattern=r"^[\w.-]+$", description=NAME_WORDS)
     """As the dataset's eval.yaml names it."""
 
 
 class Emissions(Section):
     """State where the energy came from, which hftl cannot find out."""
 
-    location: str = Field(pattern=r"^[\w ,.()'-]+$")
+    location: str = Field(
+        pattern=r"^[\w ,.()'-]+$", description="a place in words, such as Quebec, Canada"
+    )
     """As exact as possible, for instance `Quebec, Canada`."""
     grams_per_kwh: float = Field(ge=0, allow_inf_nan=False)
     """CO2 equivalents of the location's electricity."""
@@ -77,8 +83,12 @@ class Publish(Section):
     private: bool = True
     license: str | None = None
     """The hub's identifier; `other` needs license_name."""
-    license_name: str | None = Field(default=None, pattern=r"^[\w.-]+$")
-    license_link: str | None = Field(default=None, pattern=r"^(LICENSE(\.md)?|https://[^\s<>\"]+)$")
+    license_name: str | None = Field(default=None, pattern=r"^[\w.-]+$", description=NAME_WORDS)
+    license_link: str | None = Field(
+        default=None,
+        pattern=r"^(LICENSE(\.md)?|https://[^\s<>\"]+)$",
+        description="LICENSE, LICENSE.md or an address that begins with https://",
+    )
     language: str | list[str] | None = None
     """ISO 639 codes of what it reads."""
     examples: bool = False

@@ -21,8 +21,9 @@ from hftl.config.finetune import Finetune
 from hftl.config.measure import Measure
 from hftl.config.overrides import apply_overrides, flatten, read_yaml, set_key
 from hftl.config.publish import Publish
+from hftl.config.refusals import build_recipe_error, show_value
 from hftl.config.retain import Retain
-from hftl.config.section import Section, Source, build_recipe_error
+from hftl.config.section import Section, Source
 from hftl.config.validation import (
     check_corpus_is_read,
     check_quantized_source,
@@ -152,7 +153,7 @@ class Recipe(Section):
             check_corpus_is_read(recipe.data, recipe.stages, recipe.measure.analyses)
             _ = recipe.arms
         except ValidationError as error:
-            raise build_recipe_error(error, where, cls) from error
+            raise build_recipe_error(error, where, cls, sections) from error
         except RecipeError as error:
             raise RecipeError(f"{where}: {error.what}", error.fix) from error
         return recipe
@@ -233,7 +234,7 @@ def _build_arm(recipe: Recipe, name: str, changes: dict[str, object]) -> Arm:
     try:
         changed = Recipe.model_validate(tree)
     except ValidationError as error:
-        raise build_recipe_error(error, place, Recipe) from error
+        raise build_recipe_error(error, place, Recipe, tree) from error
     if name in BASELINES:
         return Arm(name, name, changed.finetune)
     strategy, stages = changed.finetune.strategy, tuple(changed.stages)
@@ -277,6 +278,11 @@ def _apply_changes(recipe: Recipe, changes: dict[str, object], place: str) -> di
             # A whole section replaces the recipe's; it is not merged with it key by key.
             changes = dict(changes)
             set_key(tree, section, changes.pop(section))
+    if not isinstance(changes.get("finetune", {}), dict):
+        raise RecipeError(
+            f"{place}: 'finetune' must be a mapping, got {show_value(changes['finetune'])}",
+            "Write finetune: {strategy: ...}, or finetune.strategy: ...",
+        )
     flat = flatten(changes) if changes else {}
     for place_of_stage, stage in _list_stages(tree["adapt"]):
         if {f"{place_of_stage}.objective", f"{place_of_stage}.method"} & flat.keys():

@@ -9,14 +9,14 @@ before anything trains.
 
 import ast
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Optional, Union, get_args, get_origin
+from typing import Any, Optional, Union
 
 from pydantic import TypeAdapter, ValidationError
 
+from hftl.config.refusals import describe_type, show_value
 from hftl.config.upstream_ranges import (
     LORA_RANGES,
     PATTERN_RANGES,
@@ -34,6 +34,7 @@ UPSTREAM_CLASSES = {
         ("peft", "tuners/lora/config.py", "LoraConfig"),
     ],
 }
+EXAMPLES = {"training": "learning_rate: 5.0e-4", "lora": "r: 8"}
 UPSTREAM_NAMES = {"training": "transformers.TrainingArguments", "lora": "peft.LoraConfig"}
 ANNOTATION_NAMES: dict[str, object] = {"Any": Any, "Optional": Optional, "Union": Union}
 COMMON_ALIASES = {
@@ -212,7 +213,11 @@ def _check_choices(
 def _validate_values(section: str, kind: str, values: Any) -> dict[str, object]:
     """Return `values` with every key known upstream and every value of the field's type."""
     if not isinstance(values, dict):
-        raise ValueError(f"must be a mapping, got {values!r}")
+        raise RecipeError(
+            f"'{section}.{kind}' must be a mapping of fields of {UPSTREAM_NAMES[kind]}, got "
+            f"{show_value(values)}",
+            f"Write {kind}: {{{EXAMPLES[kind]}}}",
+        )
     options = list(read_fields(kind))
     prefix = f"{section}.{kind}."
     for name in values:
@@ -246,7 +251,7 @@ def validate_value(kind: str, key: str, value: Any) -> Any:
         return TypeAdapter(expected).validate_python(value)
     except ValidationError as error:
         raise RecipeError(
-            f"{key} must be {_describe_type(expected)}, got {value!r}", "Correct the value"
+            f"{key} must be {describe_type(expected)}, got {show_value(value)}", "Correct the value"
         ) from error
 
 
@@ -284,15 +289,3 @@ def _evaluate_annotation(node: ast.expr) -> Any:
     except NameError:
         # An enum or a class of the library: its own constructor converts or refuses the value.
         return Any
-
-
-def _describe_type(expected: object) -> str:
-    """Return a type in words: `str or null`."""
-    return " or ".join(_list_type_names(expected))
-
-
-def _list_type_names(expected: Any) -> Iterator[str]:
-    """Yield the names of a union's members."""
-    union = get_origin(expected) in (Union, UnionType)
-    for part in get_args(expected) if union else (expected,):
-        yield "null" if part is NoneType else part.__name__

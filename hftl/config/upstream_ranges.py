@@ -43,8 +43,15 @@ class Range:
             "above": self.above, "of at least": self.least, "below": self.below,
             "of at most": self.most,
         }  # fmt: skip
-        parts = [f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None]
-        words = f"a {'whole ' * self.whole}number {' and '.join(parts)}"
+        if self.least is not None and self.most is not None:
+            bounds = {"from": self.least, "to": self.most}
+        parts = [
+            f"{word} {bound if isinstance(bound, int) else format(bound, 'g')}"
+            for word, bound in bounds.items()
+            if bound is not None
+        ]
+        between = " " if "from" in bounds else " and "
+        words = " ".join([f"a {'whole ' * self.whole}number", between.join(parts)]).strip()
         return words if self.also is None else f"{words}, or {self.also}"
 
 

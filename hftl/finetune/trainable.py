@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from hftl.config.finetune import DEFAULT_LORA, Finetune
-from hftl.config.section import build_recipe_error
+from hftl.config.refusals import build_recipe_error
 from hftl.config.upstream_args import check_lora_values
 from hftl.errors import RecipeError
 from hftl.finetune.strategies import FINETUNE_STRATEGIES, StrategySpec
@@ -69,9 +69,10 @@ def prepare(
             f"Use {', '.join(FINETUNE_STRATEGIES[:-1])} or {FINETUNE_STRATEGIES[-1]}",
         )
     try:
-        finetune = Finetune.model_validate({"strategy": strategy, "blocks": blocks} | keys)
+        values = {"strategy": strategy, "blocks": blocks} | keys
+        finetune = Finetune.model_validate(values)
     except ValidationError as error:
-        raise build_recipe_error(error, "prepare", Finetune) from error
+        raise build_recipe_error(error, "prepare", Finetune, values) from error
     if not isinstance(lora, Mapping | None):
         raise RecipeError(
             f"prepare: lora is {lora!r}, expected a mapping of fields of peft.LoraConfig",

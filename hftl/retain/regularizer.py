@@ -14,8 +14,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from hftl.config.refusals import build_recipe_error
 from hftl.config.retain import EWC, RegularizerSection
-from hftl.config.section import build_recipe_error
 from hftl.errors import RecipeError
 from hftl.train.facts import FisherFacts, TrainingFacts
 
@@ -186,7 +186,7 @@ class Regularizer(ABC, Generic[Config]):
         try:
             self.config = self.section.model_validate(keys)  # pyright: ignore
         except ValidationError as error:
-            raise build_recipe_error(error, own_name, self.section) from None
+            raise build_recipe_error(error, own_name, self.section, keys) from None
 
     @classmethod
     def from_config(cls, config: Config, context: RegularizerContext) -> Self:
