@@ -74,6 +74,24 @@ def test_bad_corpus_of_text(refuse: Refuse, recipe_file: Path, tmp_path: Path, c
     assert not list(out.glob("phases/corpus-*")) and not list(out.glob("phases/adapt-*"))
 
 
+@pytest.mark.parametrize("task", ["classification", "null"])
+@pytest.mark.parametrize("case", ["empty", "missing column"])
+def test_check_reads_the_corpus(
+    refuse: Refuse, recipe_file: Path, tmp_path: Path, case: str, task: str
+) -> None:
+    """Before `hftl run` does, whether or not the recipe has arms."""
+    name, content, words = CORPORA[case]
+    (tmp_path / "here" / name).write_text(str(content), encoding="utf-8")
+    overrides = [MLM, f"data.unlabeled={name}", f"data.task={task}"]
+    refuse(recipe_file, 3, words, *overrides, command="check")
+
+
+def test_check_reads_unlabeled_data_of_an_analysis(refuse: Refuse, recipe_file: Path) -> None:
+    words = ["data.unlabeled.path", "c.txt", "does not exist"]
+    overrides = ["data.unlabeled=c.txt", "measure.analyses=[distance]"]
+    refuse(recipe_file, 3, words, *overrides, command="check")
+
+
 def test_missing_general_text(refuse: Refuse, recipe_file: Path) -> None:
     words = ["data.general.path", "g.txt", "does not exist"]
     refuse(recipe_file, 3, words, MLM, "data.general=g.txt")
@@ -150,9 +168,11 @@ def test_settings_that_the_source_does_not_allow(
     refuse(recipe_file, 2, ["no mask token"], f"source.model={folder}", MLM)
 
 
+@pytest.mark.parametrize("command", ["adapt", "check"])
 def test_too_few_rows_held_out_for_neighbours(
-    refuse: Refuse, recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+    refuse: Refuse, recipe_file: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     monkeypatch.setattr("hftl.adapt.adaptation.HEAD_MAX_STEPS", 1)
     words = ["adapt.guard=neighbours", "rows are held out"]
-    refuse(recipe_file, 3, words, MLM.replace("guard: off", "guard: neighbours"))
+    guarded = MLM.replace("guard: off", "guard: neighbours")
+    refuse(recipe_file, 3, words, guarded, command=command)

@@ -34,7 +34,8 @@ from hftl.measure.gain import describe_adaptation_outcome
 from hftl.measure.record import AdaptSection, Gain, LadderRow, Record
 from hftl.measure.verdict import decide_verdict
 from hftl.models.source import find_source, hash_source_weights
-from hftl.pipeline.adaptation import warn_of_few_steps
+from hftl.pipeline.corpus_checks import check_corpora
+from hftl.pipeline.objectives import warn_of_small_corpus
 from hftl.pipeline.pipeline import check_recipe
 from hftl.publish.checks import check_files
 
@@ -317,13 +318,13 @@ def test_check_warns_of_few_steps(tiny_model: Tiny, table: Path) -> None:
 
     _, report = check_recipe(build(num_train_epochs=3))
     (line,) = [line for line in report["warnings"] if "optimizer steps" in line]
-    assert "adapt: mlm full has about 6 optimizer steps, too few" in line
+    assert "adapt: mlm full has 6 optimizer steps, too few" in line
     longer = build(num_train_epochs=10)
-    assert not warn_of_few_steps(longer, bench_of(longer))
-    tree = build_tree(tiny_model(), table, ADAPT | {"training": TINY | {"max_steps": 2}})
-    tree["data"]["unlabeled"] = {"path": "a.txt", "text": "text"}
-    (line,) = warn_of_few_steps(parse(tree), bench_of(parse(tree)))
-    assert "about 2 optimizer steps" in line
+    lines = check_corpora(longer, bench_of(longer))
+    assert not [line for line in lines if "optimizer steps" in line]
+    (line,) = [line for line in lines if "held out, too few to choose weights by" in line]
+    (stage,) = longer.stages
+    assert not warn_of_small_corpus(stage, 10_000, 10)
 
 
 # What is published

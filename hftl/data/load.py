@@ -3,13 +3,14 @@
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from hftl.config.data import Data, Table
 from hftl.data.encodings import BAD_BYTE
 from hftl.data.images import inspect_images, warn_of_narrow_images
-from hftl.data.normalization import find_fraction, normalize_name
+from hftl.data.normalization import DECIMAL_COMMA, find_fraction, normalize_name
 from hftl.data.rows import (
     BadRows,
     ImageInfo,
@@ -31,8 +32,6 @@ FALSE_VALUES = (0, False, 0.0, "0")
 CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\ufffd]")
 """Control characters but for tab, line feed, form feed and carriage return; and the replacement
 for bytes that could not be decoded."""
-DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+")
-"""A number as it is written in much of Europe, with one comma."""
 MAX_CONTROL_SHARE = 0.1
 """A larger share of such characters is not text."""
 
@@ -60,7 +59,7 @@ def load_rows(data: Data, part: str, bad: BadRows, spec: InputSpec) -> list[Row]
     types: dict[str, str] = {}
     before = len(bad.dropped)
     for raw, image in inspect_rows(check_columns(name, raws, columns, part), data, part, spec):
-        fault = image if isinstance(image, str) else _find_row_fault(raw, table, data, spec)
+        fault = image if isinstance(image, str) else find_row_fault(raw, table, data, spec)
         if fault:
             bad.note(raw.where, fault)
             continue
@@ -69,13 +68,13 @@ def load_rows(data: Data, part: str, bad: BadRows, spec: InputSpec) -> list[Row]
         rows.append(_build_row(raw, image if isinstance(image, ImageInfo) else None, data, part))
     path = paths.resolve_local_path(table.path, f"data.{part}.path")
     bad.refuse(path)
-    if len(types) > 1:
-        places = " and ".join(f"{kind} ({where})" for kind, where in sorted(types.items()))
-        raise DataError(f"{name}: labels of mixed types: {places}", "Write them all as one type")
+    refuse_mixed_labels(name, types)
     if not rows:
         raise _build_empty_error(name, bad, before, path)
     if task in ("classification", "multi-label"):
-        _refuse_fractions(name, rows)
+        refuse_fractions(
+            name, {c: row.where for row in reversed(rows) for c in list_classes(row.label)}
+        )
     return rows
 
 
@@ -106,13 +105,31 @@ def _build_row(raw: RawRow, image: ImageInfo | None, data: Data, part: str) -> R
     return Row(content, label, group, raw.index, raw.where, part)
 
 
-def _refuse_fractions(name: str, rows: list[Row]) -> None:
+def refuse_mixed_labels(name: str, types: Mapping[str, str]) -> None:
+    """Refuse labels of several types in one column.
+
+    Args:
+        name: of the table.
+        types: the first row of each type, see `get_value_type`.
+
+    Raises:
+        DataError: naming these rows.
+    """
+    if len(types) > 1:
+        places = " and ".join(f"{kind} ({where})" for kind, where in sorted(types.items()))
+        raise DataError(f"{name}: labels of mixed types: {places}", "Write them all as one type")
+
+
+def refuse_fractions(name: str, places: Mapping[str, str]) -> None:
     """Refuse numbers with fractions as classes, whatever type the table has them in.
+
+    Args:
+        name: of the table.
+        places: the first row of each class.
 
     Raises:
         DataError: naming the first such row.
     """
-    places = {label: row.where for row in reversed(rows) for label in _list_classes(row.label)}
     fraction = find_fraction(places)
     if fraction is not None:
         raise DataError(
@@ -122,12 +139,22 @@ def _refuse_fractions(name: str, rows: list[Row]) -> None:
         )
 
 
-def _list_classes(label: Label) -> tuple[str, ...]:
+def list_classes(label: Label) -> tuple[str, ...]:
+    """Return the names that a label holds."""
     return label if isinstance(label, tuple) else (str(label),)
 
 
-def load_images(data: Data, part: str, bad: BadRows, spec: InputSpec) -> list[Row]:
+def load_images(
+    data: Data, part: str, bad: BadRows, spec: InputSpec, most: int | None = None
+) -> list[Row]:
     """Return the images of a table without labels: `unlabeled`, `general`, or train without a task.
+
+    Args:
+        data: the recipe's section.
+        part: the recipe's name of the table.
+        bad: what to do with rows that cannot be used.
+        spec: what the encoder reads.
+        most: the first rows that are read; None: all.
 
     Raises:
         DataError: if the file or the column is missing, or no image is left.
@@ -137,6 +164,7 @@ def load_images(data: Data, part: str, bad: BadRows, spec: InputSpec) -> list[Ro
     folder = get_table_folder(table, part)
     rows: list[Row] = []
     levels: list[Levels] = []
+    raws = islice(raws, most)
     for raw, image in inspect_images(raws, table.image, folder, data.max_pixels, spec.patch_size):
         if isinstance(image, ImageInfo):
             rows.append(Row((image.content,), "", None, raw.index, raw.where, part, image.size))
@@ -226,8 +254,8 @@ def inspect_rows(
     return inspect_images(raws, table.image, folder, data.max_pixels, spec.patch_size)
 
 
-def _find_row_fault(raw: RawRow, table: Table, data: Data, spec: InputSpec) -> str | None:
-    """Return why a row cannot be used, if so."""
+def find_row_fault(raw: RawRow, table: Table, data: Data, spec: InputSpec) -> str | None:
+    """Return why a row cannot be used, if so; its image is not looked at."""
     task, group = str(data.task), data.group
     fault = find_reading_fault(raw)
     if fault:

@@ -23,13 +23,14 @@ from hftl.models.lora_concat import check_concatenable, extract_factors, save_fa
 from hftl.models.source import SourceModel, hash_source_weights
 from hftl.pipeline.cache_keys import build_adapt_key, build_checkpoint_key, build_context_inputs
 from hftl.pipeline.changed_inputs import check_unfinished, is_stage_finished
-from hftl.pipeline.corpora import Corpus, build_corpus, estimate_corpus_rows
+from hftl.pipeline.corpora import Corpus, build_corpus
 from hftl.pipeline.objectives import (
     build_adaptation_task,
     build_guard_metric,
     build_guard_rule,
     build_objective,
     check_objective,
+    warn_of_small_corpus,
 )
 from hftl.pipeline.run import ArmContexts, FinishedStage, Run
 from hftl.runtime import distributed, run_folder
@@ -38,8 +39,6 @@ from hftl.runtime.run_folder import StageInputs, to_json
 from hftl.train.step_checkpoint import CheckpointSpec
 
 HEAD_FILE, FACTS_FILE = "head.safetensors", "told.json"
-MIN_STEPS = 10
-"""Steps below which an adaptation hardly moves the encoder."""
 
 
 def run_adaptations(
@@ -143,28 +142,6 @@ def check_adaptations(recipe: Recipe, source: SourceModel) -> None:
             )
 
 
-def warn_of_few_steps(recipe: Recipe, context: ExperimentContext) -> list[str]:
-    """Return warnings of adaptations with hardly any steps, as far as their number is known before:
-    for train's own inputs, and where the steps are given."""
-    warnings: list[str] = []
-    for stage in recipe.all_stages:
-        rows = estimate_corpus_rows(recipe.data, context, stage)
-        if rows is not None or stage.training.get("max_steps", 0) > 0:
-            warnings += _describe_few_steps(stage, training.count_steps(stage, rows or 0), "about ")
-    return list(dict.fromkeys(warnings))
-
-
-def _describe_few_steps(stage: Adapt, steps: int, about: str = "") -> list[str]:
-    """Return a warning where the steps are too few."""
-    if steps >= MIN_STEPS:
-        return []
-    return [
-        f"adapt: {stage.objective} {stage.method} has {about}{steps} optimizer steps, too few to "
-        "learn a domain; give a larger corpus, more adapt.training.num_train_epochs, or a smaller "
-        "per_device_train_batch_size"
-    ]
-
-
 def _adapt_stage(
     run: Run,
     plain: ExperimentContext,
@@ -195,7 +172,7 @@ def _adapt_stage(
     rule = build_guard_rule(run.recipe, stage, before[0].facts if before else None)
     task = build_adaptation_task(context, plain, stage, corpus, seed)
     steps = training.count_steps(stage, len(task.train))  # pyright: ignore
-    for warning in _describe_few_steps(stage, steps):
+    for warning in warn_of_small_corpus(stage, len(corpus.train), len(corpus.held_out)):
         run.say(f"  warning: {warning}")
     seconds = distributed.broadcast_from_main(
         lambda: estimate_adaptation_seconds(model, task, stage, context.device)

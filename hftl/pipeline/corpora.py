@@ -77,7 +77,7 @@ def build_corpus(run: Run, context: ExperimentContext, stage: Adapt) -> Corpus:
     Raises:
         DataError: if nothing is left of it, or a row cannot be read.
     """
-    part = _select_part(run, stage)
+    part = select_part(run.recipe.data, stage)
     made = _build_corpus_folder(run, context, stage, part, "corpus")
     general = None
     if run.recipe.data.general is not None:
@@ -104,9 +104,9 @@ def build_corpus(run: Run, context: ExperimentContext, stage: Adapt) -> Corpus:
     )
 
 
-def _select_part(run: Run, stage: Adapt) -> str:
+def select_part(data: Data, stage: Adapt) -> str:
     """Return the corpus's key under `data`: `unlabeled`, or `train` for the task's own inputs."""
-    if stage.corpus == "task" or run.recipe.data.unlabeled is None:
+    if stage.corpus == "task" or data.unlabeled is None:
         return "train"
     return "unlabeled"
 
@@ -219,20 +219,6 @@ def build_leak_filter(context: ExperimentContext) -> Callable[[Row], bool]:
         return lambda row: inputs.get_pixels(row.content[0]) in seen
     texts = NearTextIndex(_iterate_texts(task, rows))
     return lambda row: any(text in texts for text in _iterate_texts(task, [row]))
-
-
-def estimate_corpus_rows(data: Data, context: ExperimentContext, stage: Adapt) -> int | None:
-    """Estimate how many blocks or images of train's own inputs will train; None for another corpus,
-    which is not read yet."""
-    if data.task is None or stage.corpus != "task" and data.unlabeled is not None:
-        return None
-    splits = ("train", *MEASURED_SPLITS) if stage.transductive else ("train",)
-    rows = [row for split in splits for row in context.prepared.rows[split]]
-    count = (1 - stage.held_out) * len(rows)
-    if stage.objective != "mae" and stage.pack:
-        length: int = context.inputs.max_length  # pyright: ignore[reportAttributeAccessIssue]
-        count *= context.inputs.summarize(rows[:GENERAL_SAMPLE])["median_tokens"] / length
-    return max(1, round(count))
 
 
 def _iterate_texts(task: str | None, rows: Iterable[Row]) -> Iterator[str]:

@@ -28,7 +28,12 @@ from hftl.finetune.context import ExperimentContext
 from hftl.finetune.guard_metrics import build_neighbour_agreement, build_probe_score
 from hftl.models.source import SourceModel, load_tokenizer
 from hftl.pipeline.corpora import GENERAL_SAMPLE, Corpus, load_canvases
+from hftl.plurals import choose_verb, count_noun
 
+MIN_STEPS = 10
+"""Steps below which an adaptation hardly moves the encoder."""
+MIN_HELD_OUT = 10
+"""Rows below which the held-out loss says little."""
 HELD_OUT_ROWS = 256
 """Blocks or pictures that a held-out loss is taken on, at most."""
 
@@ -123,6 +128,18 @@ def build_guard_metric(
         )
     if rule.guard != "neighbours":
         return None
+    encoded = _encode_neighbour_rows(context, corpus)
+    return build_neighbour_agreement(
+        context, encoded, recipe.data.seed, lambda: merge_encoder_state(model)
+    )
+
+
+def _encode_neighbour_rows(context: ExperimentContext, corpus: Corpus) -> list[EncodedRow]:
+    """Return the rows whose neighbours the guard looks at.
+
+    Raises:
+        DataError: if they are too few to have neighbours.
+    """
     rows = corpus.general if corpus.general is not None else corpus.held_out
     if isinstance(context.inputs, ImageInputs):
         encoded: list[EncodedRow] = [
@@ -137,9 +154,45 @@ def build_guard_metric(
             f"{len(encoded)} rows are held out",
             "Give data.general, a larger adapt.held_out, or another guard",
         )
-    return build_neighbour_agreement(
-        context, encoded, recipe.data.seed, lambda: merge_encoder_state(model)
-    )
+    return encoded
+
+
+def warn_of_small_corpus(stage: Adapt, rows: int, held_out: int) -> list[str]:
+    """Return warnings of too few steps, and of too few rows that the weights are chosen by.
+
+    Args:
+        stage: the recipe's section.
+        rows: blocks or pictures that train.
+        held_out: blocks or pictures that the loss is measured on.
+    """
+    warnings: list[str] = []
+    steps = training.count_steps(stage, rows)
+    unit = "picture" if stage.objective == "mae" else "block"
+    if steps < MIN_STEPS:
+        warnings.append(
+            f"adapt: {stage.objective} {stage.method} has {count_noun(steps, 'optimizer step')}, "
+            "too few to learn a domain; give a larger corpus, more "
+            "adapt.training.num_train_epochs, or a smaller per_device_train_batch_size"
+        )
+    if held_out < MIN_HELD_OUT:
+        warnings.append(
+            f"adapt: {count_noun(held_out, unit)} {choose_verb(held_out, 'is')} held out, too few "
+            "to choose weights by; give a larger corpus or adapt.held_out"
+        )
+    return warnings
+
+
+def check_corpus(recipe: Recipe, context: ExperimentContext, stage: Adapt, corpus: Corpus) -> None:
+    """Refuse a corpus that the objective or the guard cannot measure on.
+
+    Raises:
+        DataError: if too few rows are held out for the guard.
+        RecipeError: if no token of what is held out is hidden.
+    """
+    if stage.objective != "mae":
+        _build_text_task(context, stage, corpus, recipe.data.seed)
+    if build_guard_rule(recipe, stage, None).guard == "neighbours":
+        _encode_neighbour_rows(context, corpus)
 
 
 def build_adaptation_task(

@@ -21,7 +21,7 @@ from hftl.finetune.context import ExperimentContext
 from hftl.measure.metrics import Metric, find_metric
 from hftl.measure.record import Record
 from hftl.models.source import SourceModel, find_source
-from hftl.pipeline.adaptation import check_adaptations, run_adaptations, warn_of_few_steps
+from hftl.pipeline.adaptation import check_adaptations, run_adaptations
 from hftl.pipeline.advice import build_advice
 from hftl.pipeline.analyses import make_analyses
 from hftl.pipeline.analysis_folder import FEATURES
@@ -30,6 +30,7 @@ from hftl.pipeline.baselines import measure_baselines
 from hftl.pipeline.cache_keys import build_data_key, build_general_key
 from hftl.pipeline.changed_inputs import refuse_changed
 from hftl.pipeline.corpora import build_leak_filter
+from hftl.pipeline.corpus_checks import check_corpora
 from hftl.pipeline.evaluate import evaluate_run
 from hftl.pipeline.evaluate_adaptation import evaluate_adaptation
 from hftl.pipeline.faults import add_source_faults
@@ -222,7 +223,7 @@ def check_recipe(recipe: Recipe, baseline: bool = False) -> tuple[dict[str, str]
     """
     context, arms = open_recipe(recipe), recipe.arms
     if not arms:
-        warnings = warn_of_few_steps(recipe, context)
+        warnings = check_corpora(recipe, context)
         return build_adaptation_header(recipe, context), CheckFacts(warnings=warnings)
     if recipe.data.general is not None:
         data = pin_revisions(recipe.data, context.prepared.facts.hub_revisions)
@@ -231,8 +232,9 @@ def check_recipe(recipe: Recipe, baseline: bool = False) -> tuple[dict[str, str]
         check_replay_labels(recipe, context)
     check_slices(recipe, context, find_metric(recipe.measure.metric, context.prepared.task))
     check_models(recipe, context)
+    of_corpora = check_corpora(recipe, context)
     facts = add_source_faults(recipe, context, context.run_preflight(recipe, arms))
-    warnings = [*facts.warnings, *warn_of_few_steps(recipe, context)]
+    warnings = [*facts.warnings, *of_corpora]
     jobs = [(arm, seed) for arm in arms for seed in recipe.measure.seeds]
     facts = facts.model_copy(update={"warnings": warnings})
     with multiply_fast(context):
