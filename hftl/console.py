@@ -12,10 +12,10 @@ from hftl.adapt.facts import AdaptStage, GuardFigures, LossChange
 from hftl.analysis.advice_facts import AdviceSection, Interval, name_conflict
 from hftl.card.wording import build_forgetting_rows, describe_headline
 from hftl.measure.advice_outcome import AdviceHistory
-from hftl.measure.facts import MIN_JUDGED_ROWS, SliceSection
+from hftl.measure.facts import MIN_JUDGED_ROWS, Estimate, SliceSection
 from hftl.measure.metrics import describe_metric
 from hftl.measure.record import LadderRow, Record
-from hftl.measure.verdict import Estimate, format_gain, format_slice_gain, is_better, is_worse
+from hftl.measure.verdict import format_gain, format_slice_gain, is_better, is_worse
 from hftl.train.facts import ArmFile, BaselineCheck, CheckFacts, LearningRate
 
 UNPRETRAINED = ("scratch", "classical", "majority")

@@ -9,13 +9,12 @@ import pytest
 from support.records import make_record
 from typer.testing import CliRunner
 
-from hftl.measure.facts import CalibrationSection
+from hftl.measure.facts import CalibrationSection, Estimate
 from hftl.measure.forgetting_facts import Forgotten
 from hftl.measure.record import BaselineGain, Gain, Record
 from hftl.measure.verdict import (
     LEVEL_NOTES,
     RELOAD_TOLERANCE,
-    Estimate,
     ForgettingBudget,
     Leakage,
     decide_verdict,
@@ -240,3 +239,24 @@ def test_verdict_is_replayed_from_the_record_and_exits_by_it(
     result = CliRunner().invoke(app, ["verdict", str(tmp_path)])
     assert result.exit_code == code and "forged" not in result.output
     assert ("negative transfer" in result.output) == (case == "negative")
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "reason"),
+    [
+        ("regression", {"r2": -3.2}, "always the mean of the test targets: test r2 -3.200 against"),
+        ("regression", {"r2": 0.1}, None),
+        ("regression", {"r2": None}, None),
+        ("classification", {"accuracy": 0.6}, "always 'a', the commonest label: test accuracy 0.6"),
+        ("classification", {"accuracy": 0.9}, None),
+    ],
+)
+def test_holds_a_model_that_is_worse_than_one_answer_to_all(
+    task: str, changes: dict[str, float | None], reason: str | None
+) -> None:
+    """A gain over scratch in pearson or over one in accuracy does not show it."""
+    counts = {"test": {"a": 75, "b": 25}}
+    tree = make_record(task=task, label_counts=None if task == "regression" else counts)
+    verdict = judge_record(Record.parse(tree | {"test_metrics": changes}))
+    assert verdict.decision == ("publish" if reason is None else "hold")
+    assert any((reason or "reload proved") in line for line in verdict.reasons)

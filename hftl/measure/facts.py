@@ -1,5 +1,6 @@
 """Describe slices and scores: where a model is better or worse, and what its scores mean."""
 
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import Field
@@ -11,6 +12,14 @@ MIN_JUDGED_ROWS = 50
 
 Interval = tuple[float, float]
 GainOutcome = Literal["positive", "equivalent", "negative", "undetermined"]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Hold a value and its 95 % interval; None where there is none."""
+
+    value: float
+    ci95: Interval | None
 
 
 class SliceScore(RecordPart):

@@ -13,6 +13,7 @@ from hftl.data.splits import MEASURED_SPLITS
 from hftl.errors import NumericError
 from hftl.finetune.arm_files import read_metrics_file, read_predictions
 from hftl.finetune.strategies import GAIN_BASELINES
+from hftl.measure.facts import Estimate
 from hftl.measure.metrics import METRICS, Metric, compute_metrics
 from hftl.measure.record import BaselineGain, Gain, Interval, LadderRow
 from hftl.measure.scores import (
@@ -32,7 +33,6 @@ from hftl.measure.statistics import (
     rule_of_three_half_width,
     rule_of_three_p_value,
 )
-from hftl.measure.verdict import Estimate
 from hftl.train.facts import ArmEntry, ArmFile, Score, SplitMetrics
 
 MARGIN = 0.01

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hftl.measure.facts import Estimate
 from hftl.measure.metrics import Metric, accuracy, exact_match
 from hftl.measure.statistics import (
     MeanError,
@@ -15,7 +16,6 @@ from hftl.measure.statistics import (
     rule_of_three_half_width,
     wilson_interval,
 )
-from hftl.measure.verdict import Estimate
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,10 @@ from typing import Literal
 import numpy as np
 
 from hftl.data.slices import RowSlice, SlicedColumn
-from hftl.measure.facts import SliceColumn, SliceScore, SliceSection
+from hftl.measure.facts import Estimate, SliceColumn, SliceScore, SliceSection
 from hftl.measure.gain import SplitPredictions, compute_gain_values, estimate_gain, score_arm
 from hftl.measure.metrics import Metric
 from hftl.measure.statistics import assign_blocks, estimate_item_error
-from hftl.measure.verdict import Estimate
 
 LEVEL = 0.05
 

@@ -8,6 +8,7 @@ from hftl.finetune.strategies import PROBE_ARM, ZERO_SHOT_ARM
 from hftl.measure.facts import (
     MIN_JUDGED_ROWS,
     CalibrationSection,
+    Estimate,
     Interval,
     SliceScore,
     SliceSection,
@@ -48,14 +49,6 @@ class IntervalEstimate(Protocol):
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """Hold a value and its 95 % interval; None where there is none."""
-
-    value: float
-    ci95: Interval | None
-
-
-@dataclass(frozen=True)
 class ForgettingBudget:
     """Hold the most that may be forgotten, and what was; None where nothing was measured."""
 
@@ -80,6 +73,16 @@ class Leakage:
         return self.rows / max(1, self.measured)
 
 
+@dataclass(frozen=True)
+class ConstantScore:
+    """Compare a model with one answer to all rows of test, in a metric of which more is better."""
+
+    answer: str
+    metric: str
+    constant: float
+    own: float
+
+
 def judge_record(record: Record) -> Verdict:
     """Return the verdict of a record, from its figures alone."""
     if record.own_arm is None:
@@ -88,7 +91,7 @@ def judge_record(record: Record) -> Verdict:
     return decide_verdict(
         record.transfer_gain, over.get(PROBE_ARM), record.reload_difference,
         over.get("source"), over.get(ZERO_SHOT_ARM), record.slices, _read_budget(record),
-        record.calibration, _count_leakage(record),
+        record.calibration, _count_leakage(record), _compare_with_constant(record),
     )  # fmt: skip
 
 
@@ -110,6 +113,22 @@ def _count_leakage(record: Record) -> Leakage | None:
     return Leakage(sum(counts), record.data.splits.get("test", 0), is_share)
 
 
+def _compare_with_constant(record: Record) -> ConstantScore | None:
+    """Return the own arm's R2 beside the mean's, or its accuracy beside the commonest label's."""
+    scores = record.test_metrics or {}
+    r2, accuracy = scores.get("r2"), scores.get("accuracy")
+    if record.data.task == "regression" and r2 is not None:
+        return ConstantScore("the mean of the test targets", "r2", 0.0, r2)
+    counts = (record.data.label_counts or {}).get("test")
+    # Another metric may be worth fewer rows that are right, as that of balanced classes is.
+    is_share = record.data.task == "classification" and record.metric in ROW_SHARES
+    if not is_share or accuracy is None or not counts:
+        return None
+    label = max(counts, key=lambda name: counts[name])
+    share = counts[label] / sum(counts.values())
+    return ConstantScore(f"{label!r}, the commonest label", "accuracy", share, accuracy)
+
+
 def decide_verdict(
     gain: BaselineGain | None,
     over_head: Gain | None,
@@ -120,10 +139,12 @@ def decide_verdict(
     forgetting: ForgettingBudget | None = None,
     calibration: CalibrationSection | None = None,
     leakage: Leakage | None = None,
+    constant: ConstantScore | None = None,
 ) -> Verdict:
     """Publish only when the gain is beyond noise and beyond what leakage could make, neither
     `head`, `zero_shot` nor the recipe without adaptation is better beyond noise, no slice loses,
-    forgetting is within its budget, calibration is not worse, and the reload is proved.
+    one answer to all rows is not better, forgetting is within its budget, calibration is not
+    worse, and the reload is proved.
 
     A model that is not better than `head` says so first, whatever the decision: the gain over a
     baseline that was not pretrained does not show that training the encoder was worth it.
@@ -139,6 +160,7 @@ def decide_verdict(
         forgetting: what may be forgotten and was, where the recipe sets a budget.
         calibration: of the published weights, where there are probabilities.
         leakage: rows that measure and are near copies of others, where there are any.
+        constant: how one answer to all rows scores, where that is known.
 
     Returns:
         The verdict; on publish the reasons say what speaks for it.
@@ -146,7 +168,8 @@ def decide_verdict(
     head_holds, head_reason = _judge_head(over_head)
     ahead = over_head is None or is_better(over_head)
     checks = [
-        _judge_gain(gain), _judge_zero_shot(over_zero_shot), _judge_adaptation(over_source),
+        _judge_gain(gain), _judge_constant(constant), _judge_zero_shot(over_zero_shot),
+        _judge_adaptation(over_source),
         _judge_slices(slices, None if gain is None else gain.metric),
         _judge_leakage(leakage, gain), _judge_forgetting(forgetting),
         _judge_calibration(calibration), _judge_reload(reload_difference),
@@ -239,6 +262,16 @@ def _judge_head(over_head: Gain | None) -> Judgement:
     if not is_better(over_head):
         return True, f"not better than head, the frozen encoder with a linear head: {text}"
     return True, f"better than head: {text}"
+
+
+def _judge_constant(constant: ConstantScore | None) -> Judgement:
+    """Hold where one answer to every row of test is better; gains over baselines do not show it."""
+    if constant is None or constant.own >= constant.constant:
+        return True, ""
+    return False, (
+        f"worse than always {constant.answer}: test {constant.metric} {constant.own:.3f} against "
+        f"{constant.constant:.3f}"
+    )
 
 
 def _judge_zero_shot(over_zero_shot: Gain | None) -> Judgement:
