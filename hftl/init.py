@@ -1,10 +1,6 @@
 """Write a commented recipe for a table or folder, guessing what its columns are: `hftl init`."""
 
 import json
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +9,15 @@ import yaml
 from hftl.analysis.advice import choose_by_labels
 from hftl.analysis.forecast import list_settings, load_forecast_model
 from hftl.config.recipe import DEFAULT_METRICS
-from hftl.data.columns import ColumnGuess, guess_columns, is_given
+from hftl.data.columns import ColumnGuess
 from hftl.data.csv_reader import find_separator
-from hftl.data.normalization import find_doubtful_names, normalize_name
-from hftl.data.rows import BadRows, RawRow, find_reading_fault
+from hftl.data.guessed_table import LabelCounts, list_doubts, read_guessed_table
 from hftl.data.splits import TASKS_WITHOUT_CLASS_SHOTS
-from hftl.data.tables import READERS, guess_format
+from hftl.data.tables import guess_format
 from hftl.errors import DataError, RecipeError
 from hftl.finetune.strategies import FINETUNE_STRATEGIES
 from hftl.models.architectures import ARCHITECTURES, READ_AS, UNHEADED
-from hftl.models.image_architectures import IMAGE_HALVES, UNHEADED_ENCODERS
+from hftl.models.image_architectures import UNHEADED_ENCODERS
 from hftl.models.known_sources import (
     find_known_source,
     find_packaged_source,
@@ -30,19 +25,13 @@ from hftl.models.known_sources import (
 )
 from hftl.models.timm_architecture import TIMM_WRAPPER
 from hftl.models.vision_language_architectures import VISION_LANGUAGE
-from hftl.plurals import choose_verb, count_noun
+from hftl.plurals import count_noun
 from hftl.runtime import paths, run_folder
 
-MAX_SAMPLE_ROWS = 2000
-"""Rows that a guess is made from."""
 MAX_NUMBERS = 4
 """Classes that are numbers, of which the recipe shows how to name them."""
 MAX_LISTED = 8
 """Labels and columns that are listed, at most."""
-FEW_ROWS = 50
-FEW_CLASS_ROWS = 5
-"""Rows a class, on average, below which the label is hardly one of classes."""
-LABEL_SEPARATORS = ("|", ";", ",")
 TRAIN_SHARE = 0.6
 """Of the rows, in the recipe that is written."""
 COMMENT_COLUMN = 31
@@ -65,7 +54,7 @@ data:
   test: {{fraction: 0.2}}\t# held out, never chosen by
   validation: {{fraction: 0.2}}\t# the best epoch is chosen here
   # shots: 200\t# learn from so many labelled rows {unit}
-  bad_rows: refuse\t# skip: drop and count rows without {lacks} or label
+  bad_rows: {bad_rows}\t# {bad_rows_note}
   {size}
 
 finetune:
@@ -98,20 +87,6 @@ SIZE_LINES = {
 }
 
 
-@dataclass
-class LabelCounts:
-    """Count the labels of all rows, by class, and the rows without an input or a label."""
-
-    rows: int = 0
-    lacking: int = 0
-    names: Counter[str] = field(default_factory=Counter[str])
-
-    @property
-    def per_class(self) -> float:
-        """Return the mean number of rows of a class."""
-        return self.rows / max(1, len(self.names))
-
-
 def write_recipe(data: Path, source: str, output: Path | None) -> tuple[Path, list[str]]:
     """Write a recipe in the current directory, named after the data.
 
@@ -133,9 +108,9 @@ def write_recipe(data: Path, source: str, output: Path | None) -> tuple[Path, li
     model = paths.resolve_local_path(source, "--source")
     if model is not None and not (model / "config.json").is_file():
         raise RecipeError(f"--source: {source} holds no model", "Give a folder with config.json")
-    guess, counts = _read_table(data)
-    _check_classes(data.name, guess, counts)
+    guess, counts = read_guessed_table(data)
     family = _find_family(source, model)
+    _check_family(source, family)
     _check_modality(source, family, guess)
     notes = [*_describe_guess(guess, counts), *([] if model else _describe_hub_source(source))]
     packaged = find_packaged_source(source)
@@ -151,62 +126,6 @@ def write_recipe(data: Path, source: str, output: Path | None) -> tuple[Path, li
         path, _fill_template(guess, counts, data, source, path, published, pooling)
     )
     return path, notes
-
-
-def _read_table(data: Path) -> tuple[ColumnGuess, LabelCounts]:
-    """Guess from the first rows, of a folder from all, and count the labels of every row.
-
-    Raises:
-        DataError: naming the rows that cannot be read, as `hftl check` does.
-    """
-    bad = BadRows(fix="Correct it; a recipe written by hand may skip such rows, data.bad_rows")
-    sound = _iterate_sound(READERS[guess_format(data)](data), bad)
-    rows = list(islice(sound, None if data.is_dir() else MAX_SAMPLE_ROWS))
-    bad.refuse(data)
-    if not rows:
-        raise DataError(f"{data.name} has no rows", "Check the file")
-    guess = guess_columns(data.name, rows)
-    counts = count_labels(guess, chain(rows, sound))
-    bad.refuse(data)
-    return guess, counts
-
-
-def _iterate_sound(raws: Iterable[RawRow], bad: BadRows) -> Iterator[Mapping[str, object]]:
-    """Yield the cells of each row that can be read, and note the others."""
-    for raw in raws:
-        fault = find_reading_fault(raw)
-        if fault:
-            bad.note(raw.where, fault)
-        else:
-            yield raw.values
-
-
-def count_labels(guess: ColumnGuess, rows: Iterable[Mapping[str, object]]) -> LabelCounts:
-    """Count the labels of rows as `hftl check` names them; targets are no classes."""
-    counts = LabelCounts()
-    for row in rows:
-        counts.rows += 1
-        label = row.get(guess.label)
-        if not all(is_given(row.get(column)) for column in (*guess.inputs, guess.label)):
-            counts.lacking += 1
-        elif guess.task != "regression":
-            values = label if isinstance(label, (list, tuple)) else [label]
-            counts.names.update(map(normalize_name, values))
-    return counts
-
-
-def _check_classes(name: str, guess: ColumnGuess, counts: LabelCounts) -> None:
-    """Refuse labels that are all the same.
-
-    Raises:
-        DataError: naming the only class.
-    """
-    if guess.task == "classification" and len(counts.names) == 1:
-        raise DataError(
-            f"{name}: every row of the column {guess.label!r} is {min(counts.names)!r}, expected "
-            "two classes",
-            "Give rows of other classes, or name another label in a recipe by hand: hftl schema",
-        )
 
 
 def _describe_guess(guess: ColumnGuess, counts: LabelCounts) -> list[str]:
@@ -239,62 +158,6 @@ def _shorten(name: str) -> str:
     return shown if shown.strip() == shown != "" else repr(shown)
 
 
-def list_doubts(guess: ColumnGuess, counts: LabelCounts) -> Iterator[str]:
-    """Yield a sentence for each thing about the rows and labels that may not be as it was meant."""
-    if counts.rows < FEW_ROWS:
-        yield (
-            f"{count_noun(counts.rows, 'row')} {choose_verb(counts.rows, 'is')} few, of which a "
-            "fifth each is for validation and test; a few hundred are better"
-        )
-    if counts.lacking:
-        yield (
-            f"{count_noun(counts.lacking, 'row')} {choose_verb(counts.lacking, 'has')} no "
-            f"{guess.kind} or no label: hftl check refuses such rows, unless data.bad_rows is skip"
-        )
-    if guess.task == "classification":
-        yield from _list_class_doubts(guess, counts)
-
-
-def _list_class_doubts(guess: ColumnGuess, counts: LabelCounts) -> Iterator[str]:
-    classes = len(counts.names)
-    if classes and classes == counts.names.total():
-        first, *_ = counts.names
-        yield (
-            f"every row has a label of its own, such as {first!r}: {guess.label} reads like an "
-            "identifier or a text, and nothing can be measured"
-        )
-        return
-    if counts.per_class < FEW_CLASS_ROWS:
-        yield (
-            f"{classes} classes on {counts.rows} rows are fewer than {FEW_CLASS_ROWS} rows a class;"
-            f" is {guess.label} what is to be predicted?"
-        )
-    yield from find_doubtful_names(counts.names)
-    if guess.beside:
-        columns = [guess.label, *guess.beside]
-        yield (
-            f"0 and 1 stand in {', '.join(guess.beside)}, too; where several hold at once, write "
-            f"data.task: multi-label and label: {_format_yaml(columns)}"
-        )
-    joined = _find_joined_label(counts.names)
-    if joined:
-        yield (
-            f"the label {joined!r} reads like several; for multi-label give a column of lists "
-            "(.jsonl, .parquet), or a column of 0 and 1 for each"
-        )
-
-
-def _find_joined_label(names: Mapping[str, int]) -> str | None:
-    """Return a class whose parts, by a separator, are all classes or parts of other classes."""
-    for separator in LABEL_SEPARATORS:
-        parts = {name: [part.strip() for part in name.split(separator)] for name in names}
-        known = Counter(part for pieces in parts.values() for part in set(pieces))
-        for name, pieces in parts.items():
-            if len(pieces) > 1 and all(piece and known[piece] > 1 for piece in pieces):
-                return name
-    return None
-
-
 def _find_family(source: str, model: Path | None) -> str | None:
     """Return the architecture of a source, by its config or the list of well-known ones; None where
     neither says it."""
@@ -307,13 +170,26 @@ def _find_family(source: str, model: Path | None) -> str | None:
     return None if known is None else READ_AS.get(known.family, known.family)
 
 
+def _check_family(source: str, family: str | None) -> None:
+    """Refuse an architecture that hftl does not load.
+
+    Raises:
+        RecipeError: naming it.
+    """
+    if family is not None and family not in (*ARCHITECTURES, *UNHEADED):
+        raise RecipeError(
+            f"--source: the architecture {family!r} of {source} is not supported",
+            "Choose another: hftl sources",
+        )
+
+
 def _check_modality(source: str, family: str | None, guess: ColumnGuess) -> None:
     """Refuse a source of texts for pictures, and the reverse, where its architecture is known.
 
     Raises:
         RecipeError: naming what it reads.
     """
-    spec = (ARCHITECTURES | UNHEADED | IMAGE_HALVES).get(str(family))
+    spec = (ARCHITECTURES | UNHEADED).get(str(family))
     if spec is not None and spec.modality != guess.kind:
         raise RecipeError(
             f"--source: {source} reads {KIND_NAMES[spec.modality]}, and the data are "
@@ -372,7 +248,9 @@ def _fill_template(
         name=_format_yaml(guess.inputs[0] if len(guess.inputs) == 1 else guess.inputs),
         group=f"group: {_format_yaml(guess.group)}" if guess.group
         else f"# group: document_id{COMMENT_MARK}rows of one group never straddle splits",
-        unit="in all" if in_all else "a class", lacks=guess.kind,
+        unit="in all" if in_all else "a class", bad_rows="skip" if counts.bad.count else "refuse",
+        bad_rows_note=f"{count_noun(counts.bad.count, 'row')} cannot be used; refuse: stop at them"
+        if counts.bad.count else f"skip: drop and count rows without {guess.kind} or label",
         size=SIZE_LINES[guess.kind] + _format_names_line(guess.numbers),
         labels=labels, rule=choose_by_labels(labels), rows=rows,
         strategies=" | ".join(FINETUNE_STRATEGIES), **_choose_training(guess.kind, rows),

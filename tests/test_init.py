@@ -10,8 +10,9 @@ from conftest import pictures, sentences, write_csv
 
 from hftl.config.recipe import Recipe
 from hftl.data.columns import guess_columns
+from hftl.data.guessed_table import MAX_SAMPLE_ROWS
 from hftl.errors import DataError, DataWarning, RecipeError
-from hftl.init import MAX_SAMPLE_ROWS, write_recipe
+from hftl.init import write_recipe
 
 TEXTS = [text for text, _ in sentences(40)]
 LABELS = [label for _, label in sentences(40)]
@@ -38,8 +39,6 @@ GUESSES: dict[str, tuple[list[dict[str, Any]], list[str], str, str, str | None]]
     "regression": (columns(text=TEXTS, valence=SCORES), ["text"], "valence", "regression", None),
     "regression by name": (columns(text=TEXTS, label=SCORES), ["text"], "label", "regression",
                            None),
-    "numbers beyond a float": (columns(text=TEXTS, label=[10**400 + i for i in range(40)]),
-                               ["text"], "label", "regression", None),
     "few numbers": (columns(text=TEXTS, label=list(range(40))), ["text"], "label", CLASSES, None),
     "stars": (columns(text=TEXTS, label=[i % 5 for i in range(40)]), ["text"], "label", CLASSES,
               None),
@@ -222,10 +221,12 @@ def test_a_source_of_other_inputs_is_refused(family: str, table: Path, tmp_path:
     (model / "config.json").write_text(json.dumps({"model_type": family}))
     for data, kind, other in ((table, "texts", "pictures"), (images, "pictures", "texts")):
         recipe = tmp_path / f"{kind}.yaml"
-        if family == "no_such" or (family == "bert") == (kind == "texts"):
+        if family != "no_such" and (family == "bert") == (kind == "texts"):
             write_recipe(data, str(model), recipe)
             continue
-        with pytest.raises(RecipeError, match=f"reads {other}, and the data are {kind}"):
+        fault = f"reads {other}, and the data are {kind}"
+        fault = "'no_such' of .* is not supported" if family == "no_such" else fault
+        with pytest.raises(RecipeError, match=fault):
             write_recipe(data, str(model), recipe)
         assert not recipe.exists()
 
@@ -267,15 +268,44 @@ def test_labels_are_counted_as_check_names_them_and_other_columns_are_named(
         (columns(text=TEXTS, tags=[("a", "a|b", "b", "b|c")[i % 4] for i in range(40)]),
          r"the label 'a\|b' reads like several"),
         (columns(text=TEXTS, label=["n/a", *LABELS[1:]]), r"the class 'n/a' \(1 label\) reads"),
-        (columns(text=["", *TEXTS[1:]], label=LABELS), "1 row has no text or no label"),
+        (columns(text=["", *TEXTS[1:]], label=LABELS),
+         r"1 row cannot be used and is left out \(data.bad_rows: skip\).*line 2: text is empty"),
+        (columns(text=["a\0b", *TEXTS[1:]], label=LABELS), "line 2: text is binary, not text"),
+        (columns(text=TEXTS, label=["high", *SCORES[1:]]), "the target 'high' is not a number"),
+        (columns(text=TEXTS, label=["1", "good"] * 20), "some classes are numbers, such as '1'"),
     ],
-    ids=["few", "unique", "many", "onehot", "joined", "missing", "lacking"],
+    ids=["few", "unique", "many", "onehot", "joined", "missing", "lacking", "binary", "word",
+         "mixed"],
 )  # fmt: skip
 def test_what_may_not_be_meant_is_warned_of(
     rows: list[dict[str, Any]], doubt: str, tmp_path: Path
 ) -> None:
     notes = notes_of(rows, tmp_path)
     assert re.search(f"^warning: .*{doubt}", notes, re.MULTILINE), notes
+    skips = Recipe.load(tmp_path / "r.yaml").data.bad_rows == "skip"
+    assert skips == ("cannot be used" in notes), "hftl check would refuse the recipe"
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "why"),
+    [
+        ("t.csv", columns(text=TEXTS, label=[f"{i},5" for i in range(40)]),
+         "'label' holds numbers with a comma, such as '0,5'. Write decimals with a point, as 0.5"),
+        ("t.csv", columns(text=TEXTS, score=[f"{i},5" for i in range(39)] + ["7"]),
+         "'score' holds numbers with a comma"),
+        ("t.jsonl", columns(text=TEXTS, label=[1, "good"] * 20),
+         r"mixed types: number \(t.jsonl line 1\) and text"),
+        ("t.csv", columns(text=[*TEXTS[5:], *[""] * 5], label=LABELS), "line 37: text is empty"),
+        ("t.csv", columns(text=TEXTS, label=[10**400 + i for i in range(40)]), "target is inf"),
+    ],
+    ids=["commas", "unnamed commas", "mixed", "many bad rows", "beyond a float"],
+)  # fmt: skip
+def test_what_check_refuses_is_not_written(
+    name: str, rows: list[dict[str, Any]], why: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=why):
+        write_recipe(write(tmp_path / name, rows), "org/m", tmp_path / "r.yaml")
+    assert not (tmp_path / "r.yaml").exists()
 
 
 def test_nothing_is_warned_of_a_sound_table(tmp_path: Path) -> None:

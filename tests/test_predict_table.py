@@ -215,7 +215,8 @@ def test_an_empty_text_is_not_the_current_folder(
         ("new.csv", False), ("my new.csv", False), ("my new.xlsx", False), ("my data/new", False),
         ("my data/old reviews", False), ("my photo.JPG", False), ("I like amazon.com", True),
         ("Nice phone.Works", True), ("/ is good", True),
-        ("", False), ("x " * 5000, True),
+        ("", False), ("x " * 5000, True), ("I opened data.csv", True),
+        ("our old review.csv", False),
     ],
 )  # fmt: skip
 def test_only_what_can_be_no_file_is_a_text(
@@ -223,6 +224,7 @@ def test_only_what_can_be_no_file_is_a_text(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my data" / "new").mkdir(parents=True)
+    (tmp_path / "our old reviews.csv").touch()
     assert is_literal_text(data) == expected
 
 

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 
-from hftl.data.normalization import normalize_name
+from hftl.data.normalization import DECIMAL_COMMA, normalize_name
 from hftl.data.tables import IMAGE_SUFFIXES
 from hftl.errors import DataError
 
 MAX_CLASSES = 50
+MAX_WORDS = 0.05
+"""Share of words among the numbers of a target."""
 LABEL_NAMES = (
     "label",
     "labels",
@@ -135,20 +137,40 @@ def _guess_label(name: str, columns: dict[str, list[object]]) -> tuple[str, str]
         ),
         key=lambda c: _count_distinct(columns[c]),
     )
-    numbers = [c for c in columns if columns[c] and _are_numbers(columns[c])]
+    numbers = [c for c in columns if columns[c] and _are_mostly_numbers(columns[c])]
     for column in [*named, *lists, *few, *numbers]:
         values = columns[column]
         if column in lists:
             return column, "multi-label"
+        _refuse_decimal_commas(name, column, values)
         many = _count_distinct(values) > MAX_CLASSES
         fractional = any(n is not None and not n.is_integer() for n in map(_parse_number, values))
-        if _are_numbers(values) and (many or fractional):
+        # A few words among the numbers of a target are rows that cannot be used.
+        if _are_mostly_numbers(values) and (many or fractional):
             return column, "regression"
         return column, "classification"
     raise DataError(
         f"{name}: no column looks like a label; it has {_list_columns(columns)}",
         NO_GUESS_ADVICE,
     )
+
+
+def _refuse_decimal_commas(name: str, column: str, values: list[object]) -> None:
+    """Refuse a label of numbers some of which have a comma: neither classes nor a target.
+
+    Raises:
+        DataError: naming the first such number.
+    """
+    texts = [str(value).strip() for value in values]
+    commas = [text for text in texts if DECIMAL_COMMA.fullmatch(text)]
+    numbers = sum(_parse_number(text) is not None for text in texts)
+    if commas and len(commas) + numbers == len(texts):
+        point = commas[0].replace(",", ".")
+        raise DataError(
+            f"{name}: the column {column!r} holds numbers with a comma, such as {commas[0]!r}",
+            f"Write decimals with a point, as {point}; for several labels a row give a column of "
+            "lists (.jsonl, .parquet)",
+        )
 
 
 def _guess_text_columns(name: str, columns: dict[str, list[object]], label: str) -> list[str]:
@@ -203,3 +225,10 @@ def _parse_number(value: object) -> float | None:
 
 def _are_numbers(values: list[object]) -> bool:
     return all(_parse_number(value) is not None for value in values)
+
+
+def _are_mostly_numbers(values: list[object]) -> bool:
+    """Return whether hardly any value is anything but a number, with a point or a comma."""
+    words = (v for v in values if _parse_number(v) is None)
+    count = sum(not DECIMAL_COMMA.fullmatch(str(value).strip()) for value in words)
+    return count <= MAX_WORDS * len(values)

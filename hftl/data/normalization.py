@@ -17,6 +17,8 @@ INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 """An integer as it is usually written; `str.isdigit` also accepts names that int refuses."""
 INTEGRAL_FLOAT = re.compile(r"(-?[0-9]{1,18})\.0+")
 NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
+DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+")
+"""A number as it is written in much of Europe, with one comma."""
 MISSING_VALUES = {"nan", "null", "none", "na", "n/a", "#n/a", "<na>", "nil", "missing", "?", "-"}
 """What tables write where there is no value."""
 MAX_STRAY_ROWS = 5
@@ -84,6 +86,13 @@ def find_doubtful_names(counts: Mapping[str, int]) -> list[str]:
     names = sorted(counts)
     warnings = _find_similar_names(names)
     missing = list(filter(is_missing_value, names))
+    numbers = list(filter(NUMBER.fullmatch, names))
+    words = [name for name in names if name not in {*missing, *numbers}]
+    if numbers and words:
+        warnings.append(
+            f"some classes are numbers, such as {numbers[0]!r}, and some are words, such as "
+            f"{words[0]!r}; if they mean the same, write them alike"
+        )
     if missing:
         warnings.append(
             f"the class {missing[0]!r} ({count_noun(counts[missing[0]], 'label')}) reads like a "

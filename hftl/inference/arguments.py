@@ -1,5 +1,6 @@
 """Refuse arguments that no work can serve, before anything heavy is imported."""
 
+import difflib
 import os
 import tempfile
 from collections.abc import Sequence
@@ -49,14 +50,18 @@ def check_predict_arguments(
 def is_literal_text(data: str) -> bool:
     """Return whether an input is a text itself: no path, no file's name, and more than one word.
 
-    A name in a folder that exists is a path, misspelt or not, and so is one that ends as tables and
-    pictures do; `amazon.com` and `phone.Works` end a text.
+    A name in a folder that exists is a path, misspelt or not. So is one that ends as tables and
+    pictures do, if it is short or nearly that of a file; `amazon.com` and `phone.Works` end a text.
     """
     words, (folder, name) = data.split(), os.path.split(data)
     if len(words) < 2 or os.path.exists(data):
         return False
-    is_in_folder = bool(folder.strip("/")) and name[:1].strip() and os.path.exists(folder)
-    return not is_in_folder and Path(words[-1]).suffix.lower() not in FILE_SUFFIXES
+    if folder.strip("/") and name[:1].strip() and os.path.exists(folder):
+        return False
+    if Path(words[-1]).suffix.lower() not in FILE_SUFFIXES:
+        return True
+    # A sentence may end in a file's name, and a file's name may be of several words.
+    return len(words) > 2 and not folder and not difflib.get_close_matches(name, os.listdir())
 
 
 def _check_input(data: Path, output: Path | None) -> None:
