@@ -587,3 +587,15 @@ def test_summary_of_one_seed_says_how_to_go_on(tmp_path: Path) -> None:
     record["recipe"]["measure"]["seeds"] = [4]
     summary = _format_summary(read_back(record, tmp_path), True)
     assert '  the same command with "measure.seeds=[4, 5, 6]": what stands is kept' in summary
+
+
+def test_a_card_without_a_public_base_says_so_and_names_its_folder() -> None:
+    record = make_record()
+    record["source"] |= {"name": "my-bert", "published_as": None, "local": True}
+    record["recipe"]["source"] |= {"model": "my-bert", "published_as": None}
+    card = render(record)
+    assert '# The base has no public id: give the path of its folder, "my-bert".' in card
+    assert 'base = AutoModel.from_pretrained("my-bert")' in card and "the base model" not in card
+    assert "Base: `my-bert`, which has no public id, so that only who has its folder can" in card
+    assert "Cite the source model as its authors ask." in card
+    assert "no public id" not in render(make_record())

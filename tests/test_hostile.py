@@ -26,8 +26,7 @@ from support.records import (
 )
 from test_card import shape
 
-from hftl.card.plots import plot_ladder
-from hftl.card.wording import (
+from hftl.card.markdown import (
     INVISIBLE_CATEGORIES,
     escape_markup,
     format_yaml_block,
@@ -35,6 +34,7 @@ from hftl.card.wording import (
     to_code_text,
     to_one_line,
 )
+from hftl.card.plots import plot_ladder
 from hftl.data.normalization import JOINERS
 from hftl.measure.error_analysis import ClassScore, ErrorAnalysis, Mistake
 from hftl.measure.record import Record

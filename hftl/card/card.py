@@ -10,6 +10,7 @@ from jinja2 import Environment, StrictUndefined, Template
 
 from hftl.card.advice import describe_advice
 from hftl.card.evidence import EvidencePart, build_evidence_parts
+from hftl.card.markdown import escape_markup, escape_pipes, format_code, format_yaml_block
 from hftl.card.metadata import build_adapter_tags, build_metadata, build_origin, format_title
 from hftl.card.scores import format_scores
 from hftl.card.sections import (
@@ -34,16 +35,12 @@ from hftl.card.wording import (
     build_figure_rows,
     build_forgetting_rows,
     describe_arm,
-    escape_markup,
-    escape_pipes,
     example_input,
     find_public_base,
     format_adaptation_lines,
     format_adaptation_sentence,
-    format_code,
     format_forgetting_lines,
     format_forgetting_sentence,
-    format_yaml_block,
     has_forgetting,
     input_kind,
     is_pooled,
@@ -120,6 +117,7 @@ class CardPage:
     limits: list[str]
     training_sentence: str
     base_sentence: str
+    has_base_page: bool
     recipe: str
     environment: list[tuple[str, str]]
     version: str
@@ -183,8 +181,13 @@ def render_adaptation_card(record: Record, place: str = ".") -> str:
         forced=record.forced,
         lines=format_adaptation_lines(record),
         snippet=render_encoder_snippet(
-            place, *find_public_base(plain), record.source.architecture, adapter, adapted
-        ),
+            place,
+            *find_public_base(plain),
+            record.source.architecture,
+            adapter,
+            adapted,
+            _name_source_folder(record),
+        ),  # fmt: skip
         recipe=format_yaml_block(record["recipe"]),
         version=record.environment.packages["hftl"],
     )
@@ -276,6 +279,7 @@ def _build_page(record: Record, place: str) -> CardPage:
         limits=format_limits(record),
         training_sentence=format_training_sentence(record),
         base_sentence=format_base_sentence(record),
+        has_base_page=find_public_base(record)[0] is not None,
         recipe=format_yaml_block(record["recipe"]),
         environment=format_environment(record.environment),
         version=record.environment.packages["hftl"],
@@ -305,7 +309,13 @@ def _describe_folder(record: Record, place: str) -> ModelFolder:
         prefix=record.source.prefix_tokens,
         is_quantized=record.recipe.source.quantization is not None,
         max_tokens=record.check.max_tokens,
+        base_folder=_name_source_folder(record),
     )
+
+
+def _name_source_folder(record: Record) -> str:
+    """Return the last part of the source's place, for code that loads it."""
+    return record.source.name.rsplit("/", 1)[-1]
 
 
 def _format_other_metrics(record: Record) -> str:

@@ -13,7 +13,8 @@ from typing import Literal, NotRequired, TypedDict
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 
-from hftl.card.wording import find_pipeline_tag, find_public_base, is_pooled, slugify, to_one_line
+from hftl.card.markdown import slugify, to_one_line
+from hftl.card.wording import find_pipeline_tag, find_public_base, is_pooled
 from hftl.config.data import Table
 from hftl.config.publish import Benchmark
 from hftl.measure.metrics import describe_metric

@@ -4,7 +4,8 @@ import io
 from pathlib import Path
 from typing import Any
 
-from hftl.card.wording import describe_headline, to_one_line
+from hftl.card.markdown import to_one_line
+from hftl.card.wording import describe_headline
 from hftl.measure.metrics import MetricSpec, describe_metric
 from hftl.measure.record import LadderRow, Record
 from hftl.measure.scores import ComparedModel

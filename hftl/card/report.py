@@ -16,7 +16,8 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
-from hftl.card.wording import name_surety, to_one_line
+from hftl.card.markdown import to_one_line
+from hftl.card.wording import name_surety
 from hftl.finetune.strategies import PROBE_ARM
 from hftl.measure.error_analysis import ClassScore, ErrorAnalysis, Mistake
 from hftl.measure.record import Example, Record, WidgetExample, WidgetScore

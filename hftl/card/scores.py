@@ -1,6 +1,7 @@
 """Word what the scores of the published weights mean: calibration, thresholds, sets, abstention."""
 
-from hftl.card.wording import escape_markup, join_words, list_validation_choices
+from hftl.card.markdown import escape_markup
+from hftl.card.wording import join_words, list_validation_choices
 from hftl.measure.facts import (
     AbstentionPoint,
     AbstentionSection,

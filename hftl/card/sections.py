@@ -1,9 +1,9 @@
 """Write the card's sections: how the model is made, what it was trained on, and its limits."""
 
+from hftl.card.markdown import format_code
 from hftl.card.wording import (
     describe_arm,
     find_public_base,
-    format_code,
     has_forgetting,
     input_kind,
     join_words,
@@ -178,16 +178,19 @@ def _format_worse_classes(classes: ClassGains | None) -> list[str]:
 
 
 def format_base_sentence(record: Record) -> str:
-    """Return the base's id and which weights exactly; nothing where it has no id."""
+    """Return the base's id or folder, and which weights exactly."""
     base, revision = find_public_base(record)
-    if base is None:
-        return ""
     adapted = record.adapt and record.adapt.base
     weights = (adapted or record.source).weights_sha256
-    pinned = f" at commit {format_code(revision)}" if revision else ""
-    sentence = (
-        f"Base: {format_code(base)}{pinned}; the hash of its weights begins with `{weights[:16]}`."
-    )
+    if base is not None:
+        named = format_code(base) + (f" at commit {format_code(revision)}" if revision else "")
+    elif adapted:
+        named = "what this run has adapted, in `publish-base`, which is not published yet"
+    else:
+        named = f"{format_code(record.source.name)}, which has no public id"
+        if record.recipe.finetune.spec.trains_adapter:
+            named += ", so that only who has its folder can load this model"
+    sentence = f"Base: {named}; the hash of its weights begins with `{weights[:16]}`."
     if record.recipe.source.quantization is None:
         return sentence
     return (

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from hftl.card.wording import describe_arm, format_code
+from hftl.card.markdown import format_code
+from hftl.card.wording import describe_arm
 from hftl.data.slices import MAX_VALUES, MIN_VALUE_ROWS
 from hftl.measure.facts import MIN_JUDGED_ROWS, SliceColumn, SliceScore, SliceSection
 from hftl.measure.metrics import describe_metric

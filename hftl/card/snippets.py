@@ -132,6 +132,7 @@ class ModelFolder:
         prefix: tokens of a picture before those of its patches, where the head pools them.
         is_quantized: whether the base's weights are held in 4 bits.
         max_tokens: after which a text was cut for every figure; None: nowhere.
+        base_folder: the name of the base's folder, where it has no public id.
     """
 
     place: str
@@ -148,6 +149,7 @@ class ModelFolder:
     prefix: int = 0
     is_quantized: bool = False
     max_tokens: int | None = None
+    base_folder: str = ""
 
     @property
     def is_pooled(self) -> bool:
@@ -275,11 +277,17 @@ def _render_load_lines(folder: ModelFolder, auto: str) -> str:
         arguments += _render_quantization(folder)
     if folder.revision:
         arguments += f", revision={json.dumps(folder.revision)}"
-    named = json.dumps(folder.base or "the base model")
     return (
-        f"base = {auto}.from_pretrained({named}{arguments})\n"
+        f"{_render_base_line(folder.base, folder.base_folder, auto, arguments)}\n"
         "model = PeftModel.from_pretrained(base, path)"
     )
+
+
+def _render_base_line(base: str | None, folder: str, auto: str, arguments: str) -> str:
+    """Return the line that loads a base; above one without a public id, what to put there."""
+    named = json.dumps(base or folder)
+    note = "" if base else f"# The base has no public id: give the path of its folder, {named}.\n"
+    return f"{note}base = {auto}.from_pretrained({named}{arguments})"
 
 
 def _render_quantization(folder: ModelFolder) -> str:
@@ -291,7 +299,7 @@ def _render_quantization(folder: ModelFolder) -> str:
 
 def render_encoder_snippet(
     place: str, base: str | None, revision: str | None, architecture: str | None, adapter: bool,
-    adapted: bool,
+    adapted: bool, folder: str = "",
 ) -> str:  # fmt: skip
     """Return code that loads an adapted encoder.
 
@@ -302,16 +310,18 @@ def render_encoder_snippet(
         architecture: what the source's checkpoint says it is.
         adapter: whether the folder holds an adapter on the source.
         adapted: False where every adaptation was undone, so that the folder has no weights.
+        folder: the name of the source's folder, where it has no public id.
     """
-    where, named = json.dumps(place), json.dumps(base or "the base model")
+    where = json.dumps(place)
     pinned = f", revision={json.dumps(revision)}" if revision else ""
     auto = ENCODER_CLASSES.get(architecture or "", "AutoModel")
     if adapter:
         return (
             f"from peft import PeftModel\nfrom transformers import {auto}\n\n"
-            f"base = {auto}.from_pretrained({named}{pinned})\n"
+            f"{_render_base_line(base, folder, auto, pinned)}\n"
             f"model = PeftModel.from_pretrained(base, {where})"
         )
     if adapted:
         return f"from transformers import AutoModel\n\nmodel = AutoModel.from_pretrained({where})"
-    return f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained({named}{pinned})"
+    line = _render_base_line(base, folder, auto, pinned).replace("base = ", "model = ")
+    return f"from transformers import {auto}\n\n{line}"
