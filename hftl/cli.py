@@ -19,6 +19,7 @@ from hftl import __version__, cli_analyses, cli_errors
 from hftl.cli_options import Output, Overrides, RecipePath, Restart, RunFolder
 from hftl.cli_output import is_interactive, run_quietly, say, show_warning
 from hftl.config.recipe import Recipe
+from hftl.doctor.load_process import prepare_loads
 from hftl.errors import HftlError, RecipeError
 from hftl.inference.arguments import (
     COMPARISON_SUFFIXES,
@@ -267,10 +268,11 @@ def doctor(
     fix: Annotated[bool, typer.Option("--fix", help="mend what is safe to mend")] = False,
 ) -> None:
     """Examine any adapter, running none of it; exits 4 on defects."""
-    from hftl.doctor.report import run_doctor
+    # It imports its libraries while this process imports the same.
+    with prepare_loads() as process, run_quietly():
+        from hftl.doctor.report import run_doctor
 
-    with run_quietly():
-        raise typer.Exit(run_doctor(adapter, base, fix, say))
+        raise typer.Exit(run_doctor(adapter, base, fix, say, process))
 
 
 @app.command()

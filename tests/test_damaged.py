@@ -11,7 +11,7 @@ from test_compare import NAMES, adapters
 import hftl
 from hftl.errors import RecipeError, RunFolderError
 from hftl.inference.compare import compare_models
-from hftl.models.source import hash_checkpoint
+from hftl.models.weight_files import hash_checkpoint
 
 __all__ = ["adapters"]
 

@@ -1,5 +1,9 @@
 """Find every planted defect under its kind, and none in sound adapters."""
 
+import io
+import json
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +24,7 @@ from support.planted_defects import (
 )  # fmt: skip
 from support.tiny import tiny_tokenizer
 
+from hftl.doctor import load_once, load_process
 from hftl.doctor.adapter_folder import Finding
 from hftl.doctor.checks import examine_adapter
 from hftl.doctor.report import _format_findings, format_report
@@ -147,3 +152,37 @@ def test_other_kinds_of_adapter_are_examined_too(hub_cache: Path, tmp_path: Path
     assert not examination.defects and not examination.unexamined
     reconfigure(adapter, peft_type="PROMPT_TUNING")
     assert "PROMPT_TUNING" in examine_adapter(adapter).unexamined[0]
+
+
+ECHO = """
+import sys
+for line in sys.stdin:
+    sys.exit("no such base") if "bad" in line else print(line.strip(), flush=True)
+"""
+
+
+def test_one_process_answers_requests_until_one_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # The fixture of this file starts no process.
+    monkeypatch.setattr(load_process, "COMMAND", [sys.executable, "-c", ECHO])
+    with load_process.prepare_loads() as process:
+        assert process is not None
+        assert json.loads(process.load(["a", "b"]).stdout) == {"loads": ["a", "b"]}
+        assert json.loads(process.run(["c"]).stdout) == {"sample": ["c"]}
+        failed = process.load(["bad"])
+        assert (failed.returncode, failed.stdout) == (1, "") and "no such base" in failed.stderr
+        assert not process.is_waiting
+
+
+def test_the_script_answers_loads_as_they_are_computed_here(
+    adapters: dict[str, Path], hub_cache: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    base, name = snapshot(hub_cache, "bert"), "BertForSequenceClassification"
+    shutil.copytree(adapters["bert"], tmp_path / "a")
+    shutil.copy(base / "config.json", tmp_path / "a" / "config.json")
+    request = {"loads": [str(tmp_path / "a"), str(base), name, "1", "2"]}
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(request) + "\n"))
+    load_once.main()
+    (line,) = capsys.readouterr().out.splitlines()
+    here = [load_once.compute_output(tmp_path / "a", base, name, seed) for seed in (1, 2)]
+    assert json.loads(line) == {"outputs": here}

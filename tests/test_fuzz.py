@@ -32,7 +32,7 @@ from hftl.data.images import ImageDecodeError, decode_image
 from hftl.data.prepare import prepare_data
 from hftl.errors import HftlError, RecipeError, RunFolderError
 from hftl.measure.record import Record
-from hftl.models.source import hash_checkpoint
+from hftl.models.weight_files import hash_checkpoint
 from hftl.runtime import run_folder
 from hftl.runtime.run_folder import to_json
 

@@ -19,6 +19,7 @@ from support.reload_jobs import ReloadJob, reload_folders
 
 from hftl import cli_errors
 from hftl.card.snippets import ModelFolder, render_plain_snippet
+from hftl.doctor.load_process import prepare_loads
 from hftl.finetune.arm import train_arm
 from hftl.inference.load_predictor import load
 from hftl.models import lora
@@ -135,6 +136,18 @@ def test_reload_check_runs_in_its_own_process(
         assert not waiting.is_waiting
     finally:
         waiting.close()
+
+
+@pytest.mark.slow
+def test_doctors_process_checks_more_than_one_folder(
+    tiny_model: Tiny, tmp_path: Path, own_process: None
+) -> None:
+    job = publish_case(("bert", False, "classification", "native", "lora"), tiny_model, tmp_path)
+    with prepare_loads() as process:
+        assert process is not None
+        for _ in range(2):
+            assert measure_difference(job, process) <= 1e-5
+            assert process.is_waiting
 
 
 def test_another_process_checks_in_place_of_one_that_was_killed(

@@ -39,7 +39,8 @@ from hftl.measure.gain import assign_units
 from hftl.measure.metrics import Metric, find_metric
 from hftl.models.heads import has_head_bias
 from hftl.models.layer_features import LayerSite
-from hftl.models.source import find_source, read_tensor
+from hftl.models.source import find_source
+from hftl.models.weight_files import read_tensor
 from hftl.runtime.progress import track
 
 MAX_SCORED = 2000

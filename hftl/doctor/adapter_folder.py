@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hftl.doctor.load_process import LoadProcess
 from hftl.errors import HubError, RecipeError, format_error_line
 from hftl.measure.record import PUBLISHED_FILE
-from hftl.models.source import SourceModel, read_file_shapes
+from hftl.models.source import SourceModel
+from hftl.models.weight_files import read_file_shapes
 from hftl.publish.settings_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -166,6 +168,8 @@ class Examination:
     misfits: list[Finding] = field(default_factory=list)
     """Findings on tensors that do not fit the base, which forbid a load."""
     base_loads: bool = True
+    process: LoadProcess | None = None
+    """In which it is loaded, where one was prepared."""
 
     @property
     def defects(self) -> list[Finding]:

@@ -31,6 +31,7 @@ from hftl.doctor.file_checks import (
     find_foreign_code_key,
 )
 from hftl.doctor.load_check import check_reload, check_uninitialized_weights, read_whole_model
+from hftl.doctor.load_process import LoadProcess
 from hftl.errors import HftlError, HubError, RecipeError, RunFolderError, rename_key
 from hftl.measure.record import PUBLISHED_FILE
 from hftl.models.source import SourceModel, find_source, hash_source_weights
@@ -41,19 +42,22 @@ from hftl.runtime import finished_files
 from hftl.runtime.progress import show_activity
 
 
-def examine_adapter(place: str | Path, base: str | None = None) -> Examination:
+def examine_adapter(
+    place: str | Path, base: str | None = None, process: LoadProcess | None = None
+) -> Examination:
     """Examine an adapter or a whole model; nothing of it is run, and no pickle is opened.
 
     Args:
         place: a folder, a run folder, or a hub id.
         base: the adapter's base, where it is not the one it names.
+        process: a fresh one to load it in, where one was prepared.
 
     Raises:
         RecipeError: if there is neither an adapter nor a model, or no base where `base` says.
         HubError: if a hub id cannot be had.
     """
     folder, findings = open_adapter_folder(place)
-    examination = Examination(folder, base, findings)
+    examination = Examination(folder, base, findings, process=process)
     examination.unexamined += [folder.unlisted_reason] if folder.unlisted_reason else []
     for check in CHECKS:
         # Reloads take seconds: libraries are imported anew.

@@ -6,10 +6,7 @@ takes most of the time.
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -26,6 +23,7 @@ from hftl.doctor.adapter_folder import (
     warning,
 )
 from hftl.doctor.adapter_tensors import IGNORED_SETTINGS, ModelBuildError, translate_build_errors
+from hftl.doctor.load_process import LoadProcess, prepare_loads
 from hftl.errors import RecipeError, format_error_line
 from hftl.measure.record import PUBLISHED_FILE
 from hftl.models.architectures import get_config_spec
@@ -33,16 +31,14 @@ from hftl.models.config_limits import find_config_fault, find_size_fault
 from hftl.models.encoders import build_on_meta, has_prefix
 from hftl.models.heads import load_class
 from hftl.models.lora_concat import PEFT_PREFIX
-from hftl.models.source import SourceModel, read_tensor_shapes
+from hftl.models.source import SourceModel
+from hftl.models.weight_files import read_tensor_shapes
 from hftl.publish.checks import measure_reload_difference
 from hftl.publish.settings_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG
 
 SEEDS = (20_010_101, 20_020_202)
 LOAD_TOLERANCE = 1e-5
 """Largest difference, relative to the largest output where that is above 1."""
-LOAD_TIMEOUT_SECONDS = 600
-
-
 BLOCKING_KINDS = ("corrupt", "config", "rank", "nan")
 """After a finding of one of these a load would tell nothing more."""
 
@@ -69,35 +65,42 @@ def check_reload(examination: Examination) -> list[Finding]:
         if folder.is_adapter:
             _copy_adapter(folder, clean)
         try:
-            first, second = predict_in_fresh_process(clean, source.folder, name)
+            first, second = predict_in_fresh_process(
+                clean, source.folder, name, examination.process
+            )
         except LoadFailedError as error:
             fix = "Correct what stands above; else save it again"
             return [defect("reload", f"it does not load: {error}", folder.place, fix)]
-    return [*_compare_outputs(first, second, folder.place), *_check_sample(folder, source)]
+    sample = _check_sample(folder, source, examination.process)
+    return [*_compare_outputs(first, second, folder.place), *sample]
 
 
 class LoadFailedError(Exception):
     """The fresh process failed to load it; the message is the last line that it wrote."""
 
 
-def predict_in_fresh_process(clean: Path, base: Path, name: str) -> list[np.ndarray]:
+def predict_in_fresh_process(
+    clean: Path, base: Path, name: str, process: LoadProcess | None = None
+) -> list[np.ndarray]:
     """Return the outputs of two loads in a fresh process, one a seed.
+
+    Args:
+        clean: the folder that is loaded.
+        base: the folder of its base.
+        name: of the class.
+        process: the fresh process, where one was prepared.
 
     Raises:
         LoadFailedError: if it ends with an error, or not at all.
     """
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    for name_ in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "PYTHONPATH"):
-        environment.pop(name_, None)
-    script = str(Path(__file__).with_name("load_once.py"))
-    command = [sys.executable, "-P", script, str(clean), str(base), name, *map(str, SEEDS)]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=environment, check=False,
-            timeout=LOAD_TIMEOUT_SECONDS,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired as error:
-        raise LoadFailedError(f"it took more than {LOAD_TIMEOUT_SECONDS} s") from error
+    arguments = [str(clean), str(base), name, *map(str, SEEDS)]
+    if process is not None and process.is_waiting:
+        done = process.load(arguments)
+    else:
+        with prepare_loads() as started:
+            if started is None:
+                raise LoadFailedError("the system starts no process for it")
+            done = started.load(arguments)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
         raise LoadFailedError(last[:300])
@@ -124,12 +127,14 @@ def _compare_outputs(first: np.ndarray, second: np.ndarray, place: str) -> list[
     )]  # fmt: skip
 
 
-def _check_sample(folder: AdapterFolder, source: SourceModel) -> list[Finding]:
+def _check_sample(
+    folder: AdapterFolder, source: SourceModel, process: LoadProcess | None
+) -> list[Finding]:
     """Compare the outputs for rows of the run with those of the trained model."""
     sample = None if folder.run is None else folder.run / "phases" / "package" / "sample.json"
     if sample is None or not sample.exists() or MODEL_CONFIG not in folder.files:
         return []
-    difference = measure_reload_difference(folder.path, source.folder, sample, "cpu")
+    difference = measure_reload_difference(folder.path, source.folder, sample, "cpu", process)
     if difference <= LOAD_TOLERANCE:
         return []
     what = f"its logits differ by {difference:.2g} from those of the trained model"

@@ -1,13 +1,18 @@
 """Load an adapter or model with a random seed, and print its output for a fixed input.
 
-As a script it runs in a fresh process, without hftl, and does so once a seed:
+As a script it runs in a fresh process, without hftl, and answers each line of its standard input
+by one of JSON:
 
-    python load_once.py FOLDER BASE CLASS SEED SEED  ->  {"outputs": [[...], [...]]}
+    {"loads": [FOLDER, BASE, CLASS, SEED, SEED]}  ->  {"outputs": [[...], [...]]}, one load a seed
+    {"sample": [FOLDER, BASE, SAMPLE, DEVICE]}    ->  as publish/reload_check.py answers these
 
 FOLDER holds config.json with the labels, and an adapter or nothing more; BASE is the folder of the
 weights; CLASS the class of transformers. What no file holds is drawn from a SEED.
 """
 
+import contextlib
+import importlib.util
+import io
 import json
 import math
 import sys
@@ -86,10 +91,38 @@ def _build_patches(count: int, values: int) -> dict[str, torch.Tensor]:
     }
 
 
+def print_outputs(arguments: list[str], keep: list[Any]) -> None:
+    """Print the outputs of one load a seed as JSON."""
+    folder, base, name, *seeds = arguments
+    outputs = [compute_output(Path(folder), Path(base), name, int(seed), keep) for seed in seeds]
+    print(json.dumps({"outputs": outputs}))  # noqa: T201
+
+
+def check_sample(arguments: list[str]) -> None:
+    """Print what the reload check of publishing prints, by its script, which imports no hftl."""
+    script = Path(__file__).parents[1] / "publish" / "reload_check.py"
+    spec = importlib.util.spec_from_file_location("reload_check", script)
+    assert spec is not None and spec.loader is not None
+    reload_check: Any = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = reload_check
+    spec.loader.exec_module(reload_check)
+    folder, base, sample, device = arguments
+    reload_check.main(Path(folder), Path(base), Path(sample), device)
+
+
+def main() -> None:
+    """Answer requests until there are no more."""
+    keep: list[Any] = []
+    for line in sys.stdin:
+        request = json.loads(line)
+        # A library may print, too; the answer comes last.
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            if "loads" in request:
+                print_outputs(request["loads"], keep)
+            else:
+                check_sample(request["sample"])
+        print(printed.getvalue().splitlines()[-1], flush=True)  # noqa: T201
+
+
 if __name__ == "__main__":
-    _, folder_, base_, name_, *seeds_ = sys.argv
-    loaded: list[Any] = []
-    outputs_ = [
-        compute_output(Path(folder_), Path(base_), name_, int(seed_), loaded) for seed_ in seeds_
-    ]
-    print(json.dumps({"outputs": outputs_}))  # noqa: T201
+    main()

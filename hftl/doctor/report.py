@@ -5,13 +5,24 @@ from collections.abc import Callable
 from hftl.doctor.adapter_folder import DEFECT, Examination, Finding
 from hftl.doctor.checks import examine_adapter
 from hftl.doctor.fix import fix_adapter, get_backup_folder
+from hftl.doctor.load_process import LoadProcess
 
 INDENT = 4
 """Columns by which what belongs to a finding is indented."""
 
 
-def run_doctor(place: str, base: str | None, fix: bool, say: Callable[[str], None]) -> int:
+def run_doctor(
+    place: str, base: str | None, fix: bool, say: Callable[[str], None],
+    process: LoadProcess | None = None,
+) -> int:  # fmt: skip
     """Examine a folder, fix it and examine it again where asked, and print the report.
+
+    Args:
+        place: a folder, a run folder, or a hub id.
+        base: the adapter's base, where it is not the one it names.
+        fix: whether to mend what is safe to mend.
+        say: receives each line.
+        process: a fresh one to load it in, where one was prepared.
 
     Returns:
         The exit code: 0 sound, 4 defects, 5 the hub did not give the base.
@@ -20,7 +31,7 @@ def run_doctor(place: str, base: str | None, fix: bool, say: Callable[[str], Non
         RecipeError: see `examine_adapter` and `fix_adapter`.
         HubError: see `examine_adapter`.
     """
-    examination = examine_adapter(place, base)
+    examination = examine_adapter(place, base, process)
     if fix:
         lines = fix_adapter(examination, base)
         for line in lines:
@@ -28,7 +39,7 @@ def run_doctor(place: str, base: str | None, fix: bool, say: Callable[[str], Non
         if lines:
             backup = get_backup_folder(examination.folder.path)
             say(f"as it was before: {backup}" if backup.exists() else "nothing else was changed")
-            examination = examine_adapter(place, base)
+            examination = examine_adapter(place, base, process)
         else:
             say("nothing here can be fixed without you")
     say(format_report(examination))

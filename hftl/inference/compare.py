@@ -32,7 +32,7 @@ from hftl.measure.metrics import SELECTION_METRICS, Metric, find_metric
 from hftl.measure.scores import ComparedModel, compare_pair, score_with_interval
 from hftl.measure.verdict import format_gain
 from hftl.models.features import predict_logits
-from hftl.models.source import read_file_shapes
+from hftl.models.weight_files import read_file_shapes
 from hftl.publish.published_metadata import PublishedMetadata
 from hftl.runtime.run_folder import write_text
 

@@ -32,13 +32,8 @@ from hftl.models.encoders import get_stock_encoder, has_prefix
 from hftl.models.heads import get_placeholder_name
 from hftl.models.lora_concat import PEFT_PREFIX
 from hftl.models.quantization import build_quantization_config, check_quantization
-from hftl.models.source import (
-    CONFIG_ERRORS,
-    LOADING_ERRORS,
-    TENSOR_FILE_ERRORS,
-    find_source,
-    read_file_shapes,
-)
+from hftl.models.source import CONFIG_ERRORS, LOADING_ERRORS, TENSOR_FILE_ERRORS, find_source
+from hftl.models.weight_files import read_file_shapes
 from hftl.publish import reload_check
 from hftl.publish.published_metadata import PublishedMetadata
 from hftl.publish.settings_files import ADAPTER_WEIGHTS, HEAD_WEIGHTS, MODEL_CONFIG, AdapterConfig

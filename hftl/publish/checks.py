@@ -18,7 +18,7 @@ from hftl.card.validation import validate_card
 from hftl.errors import HftlError, HubError, RecipeError, RunFolderError
 from hftl.measure.record import Record, SourceFacts
 from hftl.measure.verdict import RELOAD_TOLERANCE
-from hftl.models.source import hash_checkpoint
+from hftl.models.weight_files import hash_checkpoint
 from hftl.publish.http_retry import HubResponseError, wrap_hub_errors
 from hftl.publish.reload_process import WaitingReload, run_reload_check
 from hftl.publish.sanitize import find_leak

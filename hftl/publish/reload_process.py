@@ -20,12 +20,14 @@ class WaitingReload:
     input is then closed.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, command: Sequence[str] = COMMAND, environment: dict[str, str] | None = None
+    ) -> None:
         # A file: a pipe that nobody reads would stop it once it is full.
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8")
         self._process = subprocess.Popen(
-            COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
-            env=build_reload_environment(),
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
+            env=environment or build_reload_environment(),
         )  # fmt: skip
 
     @property

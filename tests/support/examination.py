@@ -17,7 +17,7 @@ from support.planted_defects import (
 )  # fmt: skip
 from support.tiny import is_image, save_tiny, tiny_config, tiny_processor, tiny_tokenizer
 
-from hftl.doctor import load_check, load_once
+from hftl.doctor import load_check, load_once, load_process
 from hftl.doctor.adapter_folder import Examination
 
 
@@ -74,11 +74,12 @@ def adapters(hub_cache: Path, sound_adapters: dict[str, Path]) -> dict[str, Path
 def loads_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Load adapters in this process instead of two fresh ones, which take seconds each."""
 
-    def load(clean: Path, base: Path, name: str) -> list[np.ndarray]:
+    def load(clean: Path, base: Path, name: str, *_: object) -> list[np.ndarray]:
         seeds = load_check.SEEDS
         return [np.array(load_once.compute_output(clean, base, name, seed)) for seed in seeds]
 
     monkeypatch.setattr(load_check, "predict_in_fresh_process", load)
+    monkeypatch.setattr(load_process, "LoadProcess", lambda: None)
 
 
 def kinds(examination: Examination, defects: bool = True) -> set[str]:

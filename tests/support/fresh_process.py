@@ -80,7 +80,9 @@ class FreshProcess:
         from hftl.publish import reload_process
 
         before = reload_process.subprocess, reload_process.WaitingReload
-        reload_process.subprocess = SimpleNamespace(run=self.run)  # pyright: ignore
+        reload_process.subprocess = SimpleNamespace(  # pyright: ignore
+            run=self.run, Popen=subprocess.Popen, PIPE=subprocess.PIPE
+        )
         reload_process.WaitingReload = _NoneWaits  # pyright: ignore
         try:
             yield
