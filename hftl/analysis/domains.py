@@ -63,11 +63,52 @@ def compare_domains(
         DataError: if a table cannot be read, or only one set has enough rows.
         RecipeError: if the task has a label a word.
     """
+    refuse_words(context, "distances compare")
+    domains, left_out, site, is_own = collect_domains(recipe, context, root, tables, most_rows)
+    refuse_too_few(left_out, len(domains))
+    if site is None or len(domains) < 2:
+        raise RecipeError(
+            f"{domains[0].name if domains else 'the recipe'} is the only set of rows",
+            "Give data.general, or another table by --to",
+        )
+    pairs = [_compare(a, b, context) for a, b in track(list(combinations(domains, 2)), "distances")]
+    return DistanceAnalysis(
+        source=context.source.name,
+        site=SiteFacts(layer=site.layer, pooling=site.pooling),
+        site_is_own=is_own,
+        domains=[_describe(domain, context) for domain in domains],
+        left_out=left_out,
+        pairs=pairs,
+        provenance=describe_provenance(context, recipe.finetune.pooling, []),
+    )
+
+
+def refuse_words(context: ExperimentContext, what: str) -> None:
+    """Refuse a task with a label a word.
+
+    Args:
+        context: whose task it is.
+        what: that compares rows, with its verb.
+
+    Raises:
+        RecipeError: naming the task.
+    """
     if context.prepared.task == "token-classification":
         raise RecipeError(
-            "data.task=token-classification has a vector a word, and distances compare rows",
+            f"data.task=token-classification has a vector a word, and {what} rows",
             "Give the texts to a recipe with data.task=classification",
         )
+
+
+def collect_domains(
+    recipe: Recipe, context: ExperimentContext, root: Path, tables: Sequence[str], most_rows: int
+) -> tuple[list[Domain], list[str], LayerSite | None, bool]:
+    """Compute the features of every set with enough rows.
+
+    Returns:
+        These sets, a sentence on each other one, where the features are read (None without a set),
+        and whether the recipe's head reads the same.
+    """
     domains: list[Domain] = []
     left_out: list[str] = []
     site, own_site = None, None
@@ -82,22 +123,7 @@ def compare_domains(
             own_site = store.find_site(recipe.finetune.pooling)
             site = own_site or LayerSite(store.layers, "mean")
         domains.append(Domain(name, rows, store.get(rows, site)))
-    refuse_too_few(left_out, len(domains))
-    if site is None or len(domains) < 2:
-        raise RecipeError(
-            f"{domains[0].name if domains else 'the recipe'} is the only set of rows",
-            "Give data.general, or another table by --to",
-        )
-    pairs = [_compare(a, b, context) for a, b in track(list(combinations(domains, 2)), "distances")]
-    return DistanceAnalysis(
-        source=context.source.name,
-        site=SiteFacts(layer=site.layer, pooling=site.pooling),
-        site_is_own=own_site is not None,
-        domains=[_describe(domain, context) for domain in domains],
-        left_out=left_out,
-        pairs=pairs,
-        provenance=describe_provenance(context, recipe.finetune.pooling, []),
-    )
+    return domains, left_out, site, own_site is not None
 
 
 def find_size_fault(rows: list[Row]) -> str | None:

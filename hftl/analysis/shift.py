@@ -13,10 +13,10 @@ from scipy.special import softmax
 from hftl.analysis.distance import compute_mmd
 from hftl.analysis.domains import (
     Domain,
-    find_size_fault,
-    iterate_sets,
+    collect_domains,
     name_groups,
     refuse_too_few,
+    refuse_words,
 )
 from hftl.analysis.facts import (
     ClassShare,
@@ -27,7 +27,7 @@ from hftl.analysis.facts import (
     ShiftOutcome,
     SiteFacts,
 )
-from hftl.analysis.feature_store import FeatureStore, describe_provenance
+from hftl.analysis.feature_store import describe_provenance
 from hftl.analysis.out_of_fold import predict_out_of_fold
 from hftl.analysis.probe import fit_probe
 from hftl.analysis.row_faults import compare_shares, compute_worth
@@ -45,7 +45,6 @@ from hftl.measure.shift import (
     estimate_shares,
     measure_separability,
 )
-from hftl.models.layer_features import LayerSite
 
 LEVEL = 0.01
 """Significance of each test; several sets and tests are looked at."""
@@ -100,25 +99,10 @@ def compare_sets(
         DataError: if a table cannot be read, or train or all others have too few rows.
         RecipeError: if the task has a label a word, or train is the only set.
     """
-    if context.prepared.task == "token-classification":
-        raise RecipeError(
-            "data.task=token-classification has a vector a word, and shift compares rows",
-            "Give the texts to a recipe with data.task=classification",
-        )
-    site: LayerSite | None = None
-    domains: list[Domain] = []
-    left_out: list[str] = []
+    refuse_words(context, "shift compares")
     own_data = recipe.data.model_copy(update={"general": None})
     own_recipe = recipe.model_copy(update={"data": own_data})
-    for name, rows, _ in iterate_sets(own_recipe, context, [], most_rows):
-        fault = find_size_fault(rows)
-        if fault:
-            left_out.append(f"{name} has {fault}")
-            continue
-        store = FeatureStore(context, root)
-        store.compute(rows)
-        site = site or store.find_site(recipe.finetune.pooling) or LayerSite(store.layers, "mean")
-        domains.append(Domain(name, rows, store.get(rows, site)))
+    domains, left_out, site, _ = collect_domains(own_recipe, context, root, [], most_rows)
     is_train_there = bool(domains) and domains[0].name == "train"
     refuse_too_few(left_out, len(domains) if is_train_there else 0)
     if site is None or len(domains) < 2:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from hftl.config.section import MAX_SEED, Section, name_by_label
+from hftl.config.section import MAX_SEED, Section, find_repeated, name_by_label
 
 Task = Literal["classification", "multi-label", "regression", "token-classification"]
 BadRowsRule = Literal["refuse", "skip"]
@@ -37,9 +37,9 @@ class Table(Section):
         if isinstance(self.text, list) and not 1 <= len(self.text) <= 2:
             raise ValueError("text is one column or two (a sentence pair)")
         for key, columns in (("text", self.text_columns), ("label", self.label_columns)):
-            repeated = {column for column in columns if columns.count(column) > 1}
-            if repeated:
-                raise ValueError(f"{key} names the column {min(repeated)!r} twice")
+            repeated = find_repeated(columns)
+            if repeated is not None:
+                raise ValueError(f"{key} names the column {repeated!r} twice")
 
     @property
     def text_columns(self) -> list[str]:

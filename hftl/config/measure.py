@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from hftl.config.section import MAX_SEED, Section
+from hftl.config.section import MAX_SEED, Section, find_repeated
 
 SEARCH_SHARE = 1 / 3
 """Each rate is tried at this share of scratch's own budget."""
@@ -59,9 +59,9 @@ class Measure(Section):
     @field_validator("analyses")
     @classmethod
     def _check_distinct_analyses(cls, names: list[str]) -> list[str]:
-        repeated = {name for name in names if names.count(name) > 1}
-        if repeated:
-            raise ValueError(f"{min(repeated)} is given twice")
+        repeated = find_repeated(names)
+        if repeated is not None:
+            raise ValueError(f"{repeated} is given twice")
         return names
 
     @field_validator("seeds", mode="before")
@@ -76,15 +76,15 @@ class Measure(Section):
     @field_validator("seeds")
     @classmethod
     def _check_distinct(cls, seeds: list[int]) -> list[int]:
-        repeated = {seed for seed in seeds if seeds.count(seed) > 1}
-        if repeated:
-            raise ValueError(f"seed {min(repeated)} is given twice")
+        repeated = find_repeated(seeds)
+        if repeated is not None:
+            raise ValueError(f"seed {repeated} is given twice")
         return seeds
 
     @field_validator("slices")
     @classmethod
     def _check_slices(cls, columns: list[str]) -> list[str]:
-        repeated = {column for column in columns if columns.count(column) > 1}
-        if repeated:
-            raise ValueError(f"the column {min(repeated)!r} is named twice")
+        repeated = find_repeated(columns)
+        if repeated is not None:
+            raise ValueError(f"the column {repeated!r} is named twice")
         return columns

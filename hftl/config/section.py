@@ -1,5 +1,6 @@
 """Define what every section of a recipe refuses; and `source`."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -31,6 +32,11 @@ class Section(BaseModel):
             if isinstance(value, bool) and field and field.annotation in NUMBERS:
                 raise PydanticCustomError(NOT_A_NUMBER, "", {"name": name, "value": value})
         return tree
+
+
+def find_repeated(values: Sequence[Any]) -> Any:
+    """Return the least value that is there twice; None where all differ."""
+    return min((value for value in values if values.count(value) > 1), default=None)
 
 
 def name_by_label(value: Any) -> Any:

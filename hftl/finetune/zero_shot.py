@@ -371,21 +371,23 @@ def _check_pair(arm: Arm, source: SourceModel, needs_head: bool) -> None:
 def _check_answers(arm: Arm, context: ExperimentContext, needs_head: bool) -> None:
     """Refuse likelihoods where a head is needed."""
     if needs_head:
-        raise RecipeError(
-            f"{context.source.name} classifies by the likelihood of each class as an answer, which "
-            "reads a picture once for each class and is no head that could be trained or published",
-            "Measure it beside another strategy: measure.arms: [zero_shot]",
-        )
+        how = "the likelihood of each class as an answer, which reads a picture"
+        raise _build_no_head_error(context, how)
+
+
+def _build_no_head_error(context: ExperimentContext, how: str) -> RecipeError:
+    """Return the refusal to train or publish what makes no head."""
+    return RecipeError(
+        f"{context.source.name} classifies by {how} once for each class and is no head that could "
+        "be trained or published",
+        "Measure it beside another strategy: measure.arms: [zero_shot]",
+    )
 
 
 def _check_entailment(arm: Arm, context: ExperimentContext, needs_head: bool) -> None:
     """Refuse entailment where a head is needed, or where adaptation changes what is under it."""
     if needs_head:
-        raise RecipeError(
-            f"{context.source.name} classifies by entailment, which reads a text once for each "
-            "class and is no head that could be trained or published",
-            "Measure it beside another strategy: measure.arms: [zero_shot]",
-        )
+        raise _build_no_head_error(context, "entailment, which reads a text")
     if arm.stages:
         raise RecipeError(
             f"{context.source.name} classifies by entailment, and adapt changes its encoder and "
