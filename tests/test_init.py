@@ -357,3 +357,11 @@ def test_comments_of_the_recipe_are_aligned(tmp_path: Path) -> None:
     places = [line.rindex("# ") for line in lines if "# " in line[8:]]
     assert "\t" not in "".join(lines) and len(places) > 12
     assert sorted(set(places))[0] == 31 and places.count(31) >= len(places) - 2
+
+
+def test_sentences_that_end_in_a_files_name_are_texts(tmp_path: Path) -> None:
+    names = [f"I opened picture {i}.png" for i in range(40)]
+    rows = columns(text=names, label=LABELS)
+    assert "text: text (by name)" in notes_of(rows, tmp_path)
+    (tmp_path / names[0]).touch()
+    assert guess_columns("t.csv", rows, tmp_path).kind == "image"

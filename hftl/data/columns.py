@@ -11,6 +11,8 @@ from hftl.data.tables import IMAGE_SUFFIXES
 from hftl.errors import DataError
 
 MAX_CLASSES = 50
+MAX_NAME_WORDS = 2
+"""Words of a file's name; a longer one may be a sentence."""
 MAX_WORDS = 0.05
 """Share of words among the numbers of a target."""
 LABEL_NAMES = (
@@ -54,14 +56,21 @@ class ColumnGuess:
     """Of these the ones that hold 0 and 1, where the label does."""
 
 
-def guess_columns(name: str, rows: Sequence[Mapping[str, object]]) -> ColumnGuess:
+def guess_columns(
+    name: str, rows: Sequence[Mapping[str, object]], folder: Path = Path()
+) -> ColumnGuess:
     """Guess text, label, task and group from the columns' names and values.
+
+    Args:
+        name: of the table, for messages.
+        rows: its first ones.
+        folder: what paths of pictures are relative to.
 
     Raises:
         DataError: if no column can be the text, or none the label.
     """
     columns = {c: [row.get(c) for row in rows if is_given(row.get(c))] for c in rows[0]}
-    image = next((c for c in columns if columns[c] and all(map(_is_image, columns[c]))), None)
+    image = next((c for c in columns if _are_images(columns[c], folder)), None)
     others = {c: values for c, values in columns.items() if c != image}
     label, task = _guess_label(name, others)
     words = _find_word_lists(others, label) if task == "multi-label" else None
@@ -99,6 +108,14 @@ def _list_numbers(task: str, values: list[object]) -> list[str]:
     if task != "classification" or not _are_numbers(values):
         return []
     return sorted({normalize_name(value) for value in values}, key=float)
+
+
+def _are_images(values: list[object], folder: Path) -> bool:
+    """Return whether a column holds images, and not sentences that end in the name of one."""
+    if not values or not all(map(_is_image, values)):
+        return False
+    sentences = [v for v in values if isinstance(v, str) and len(v.split()) > MAX_NAME_WORDS]
+    return len(sentences) < len(values) or (folder / sentences[0]).exists()
 
 
 def _is_image(value: object) -> bool:

@@ -63,7 +63,8 @@ def read_guessed_table(data: Path) -> tuple[ColumnGuess, LabelCounts]:
     bad.refuse(data)
     if not rows:
         raise DataError(f"{data.name} has no rows", "Check the file")
-    guess = guess_columns(data.name, [raw.values for raw in rows])
+    folder = data if data.is_dir() else data.parent
+    guess = guess_columns(data.name, [raw.values for raw in rows], folder)
     counts = _count_labels(data, guess, chain(rows, sound))
     bad.refuse(data)
     if counts.bad.count > MAX_BAD * counts.rows:
