@@ -7,9 +7,12 @@ trains with and without checkpoints, in a changing order; the cost is the ratio 
 clock and by the processor, which other work on the machine disturbs less. Checkpoints come at the
 default rhythm, a fortieth of the time, but without its floor of 30 seconds between two of them:
 trainings of seconds would write none, and long ones of small models pay less than is measured here.
+Where one takes so long that these trainings still write none, their cost is that of being ready to.
 
 Bytes are those of one checkpoint after the first evaluation, which holds the best weights beside
-the current ones, and of one that transformers' Trainer (with peft) writes of the same model.
+the current ones, and of one that transformers' Trainer (with peft) writes of the same model. On the
+disk are two of ours, and of Trainer's the best and the last, where it is to end with its best
+weights (load_best_model_at_end) and keeps no more than it must (save_total_limit 1).
 
 Results: benchmarks/results/checkpoints.json.
 """
@@ -59,6 +62,8 @@ RECIPE: dict[str, Any] = {
         "training": {"num_train_epochs": 4, "per_device_train_batch_size": 16},
     },
 }  # fmt: skip
+STEPS_BETWEEN = 20
+"""Of the checkpoints whose bytes and seconds are measured; an epoch is fewer."""
 MIB = 2**20
 
 
@@ -77,6 +82,21 @@ class Pair(BaseModel):
 
     without: Training
     with_checkpoints: Training
+
+
+class StockBytes(BaseModel):
+    """Hold the bytes of a checkpoint of Trainer's, and of all that it keeps on the disk."""
+
+    one: int
+    on_disk: int
+
+
+class Measured(BaseModel):
+    """Hold what was measured of a strategy; `own` wrote checkpoints every few steps."""
+
+    pairs: list[Pair]
+    own: Training
+    stock: StockBytes
 
 
 def open_context(strategy: str) -> tuple[hftl.Recipe, ExperimentContext]:
@@ -115,9 +135,11 @@ def measure_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def train(recipe: hftl.Recipe, bench: ExperimentContext, folder: Path | None) -> Training:
+def train(
+    recipe: hftl.Recipe, bench: ExperimentContext, folder: Path | None, every: int = 0
+) -> Training:
     """Train once, with checkpoints in a folder or without, and measure it."""
-    spec = None if folder is None else CheckpointSpec(folder, {"of": "a benchmark"})
+    spec = None if folder is None else CheckpointSpec(folder, {"of": "a benchmark"}, every)
     training = Training(clock=0, processor=0)
     with watch_writing(training):
         clock, processor = time.perf_counter(), time.process_time()
@@ -127,10 +149,21 @@ def train(recipe: hftl.Recipe, bench: ExperimentContext, folder: Path | None) ->
     return training
 
 
-def measure_stock_bytes(recipe: hftl.Recipe, bench: ExperimentContext, strategy: str) -> int:
-    """Return the bytes of a checkpoint that transformers' Trainer writes after two steps."""
+def measure_own(recipe: hftl.Recipe, bench: ExperimentContext) -> Training:
+    """Train once with a checkpoint every few steps, the last ones after an evaluation."""
+    with tempfile.TemporaryDirectory() as place:
+        return train(recipe, bench, Path(place), STEPS_BETWEEN)
+
+
+def measure_stock_bytes(recipe: hftl.Recipe, bench: ExperimentContext, strategy: str) -> StockBytes:
+    """Return the bytes that transformers' Trainer writes of a model whose first step was best."""
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
+    from transformers import (
+        AutoModelForSequenceClassification,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
 
     source = str(bench.source.folder)
     model: Any = AutoModelForSequenceClassification.from_pretrained(source)
@@ -142,17 +175,28 @@ def measure_stock_bytes(recipe: hftl.Recipe, bench: ExperimentContext, strategy:
             block.requires_grad_(True)
     rows = [{"input_ids": [101, 2000, 102], "attention_mask": [1, 1, 1], "labels": n % 2}
             for n in range(4)]  # fmt: skip
+    scores = iter([1.0, 0.5, 0.0])
     with tempfile.TemporaryDirectory() as place:
         arguments = TrainingArguments(
-            place, max_steps=2, save_steps=2, per_device_train_batch_size=2, report_to="none",
-            use_cpu=True, disable_tqdm=True,
+            place, max_steps=3, per_device_train_batch_size=2, report_to="none", use_cpu=True,
+            disable_tqdm=True, eval_strategy="steps", eval_steps=1, save_steps=1,
+            save_total_limit=1, load_best_model_at_end=True, metric_for_best_model="score",
         )  # fmt: skip
-        Trainer(model, arguments, train_dataset=rows).train()  # pyright: ignore
-        return measure_bytes(Path(place, "checkpoint-2"))
+        sizes: list[int] = []
+
+        class Watch(TrainerCallback):
+            def on_save(self, *_: Any, **__: Any) -> None:
+                sizes.append(measure_bytes(Path(place)))
+
+        Trainer(
+            model, arguments, train_dataset=rows, eval_dataset=rows,  # pyright: ignore
+            compute_metrics=lambda _: {"score": next(scores)}, callbacks=[Watch()],
+        ).train()  # fmt: skip
+        return StockBytes(one=measure_bytes(Path(place, "checkpoint-1")), on_disk=sizes[1])
 
 
-def measure_strategy(strategy: str, count: int) -> tuple[list[Pair], int]:
-    """Return the pairs of a strategy, and the bytes of a stock checkpoint."""
+def measure_strategy(strategy: str, count: int) -> Measured:
+    """Return the pairs of a strategy, and what one checkpoint takes, ours and a stock one."""
     recipe, bench = open_context(strategy)
     train(recipe, bench, None)
     pairs = []
@@ -164,23 +208,28 @@ def measure_strategy(strategy: str, count: int) -> tuple[list[Pair], int]:
                 measured[has_checkpoints] = train(recipe, bench, folder)
         pairs.append(Pair(without=measured[False], with_checkpoints=measured[True]))
         print(strategy, pairs[-1], flush=True)
-    return pairs, measure_stock_bytes(recipe, bench, strategy)
+    own, stock = measure_own(recipe, bench), measure_stock_bytes(recipe, bench, strategy)
+    return Measured(pairs=pairs, own=own, stock=stock)
 
 
-def format_strategies(measured: dict[str, tuple[list[Pair], int]]) -> list[str]:
+def format_strategies(measured: dict[str, Measured]) -> list[str]:
     """Return a line for each strategy: medians of the pairs, least and most of the clock's."""
-    rows = [["trained", "processor", "clock", "writing", "checkpoints", "MiB each", "stock MiB",
-             "bytes"]]  # fmt: skip
-    for strategy, (pairs, stock) in measured.items():
-        ours = [pair.with_checkpoints for pair in pairs]
-        clock = [pair.with_checkpoints.clock / pair.without.clock for pair in pairs]
-        processor = [pair.with_checkpoints.processor / pair.without.processor for pair in pairs]
-        writing = statistics.median(one.writing / one.clock for one in ours)
+    rows = [["trained", "processor", "clock", "writing", "checkpoints", "s each", "MiB each",
+             "stock MiB", "bytes", "MiB on disk", "stock MiB", "bytes"]]  # fmt: skip
+    for strategy, one in measured.items():
+        ours = [pair.with_checkpoints for pair in one.pairs]
+        clock = [pair.with_checkpoints.clock / pair.without.clock for pair in one.pairs]
+        processor = [pair.with_checkpoints.processor / pair.without.processor for pair in one.pairs]
+        writing = statistics.median(training.writing / training.clock for training in ours)
+        total = step_checkpoint.MAX_CHECKPOINTS * one.own.size
         rows.append([
             strategy, f"{statistics.median(processor):.3f}x",
             f"{statistics.median(clock):.3f}x ({min(clock):.3f} to {max(clock):.3f})",
-            f"{writing:.1%}", str(round(statistics.median(one.written for one in ours))),
-            f"{ours[0].size / MIB:.1f}", f"{stock / MIB:.1f}", f"{ours[0].size / stock:.2f}x",
+            f"{writing:.1%}", str(round(statistics.median(t.written for t in ours))),
+            f"{one.own.writing / one.own.written:.2f}", f"{one.own.size / MIB:.1f}",
+            f"{one.stock.one / MIB:.1f}", f"{one.own.size / one.stock.one:.2f}x",
+            f"{total / MIB:.1f}", f"{one.stock.on_disk / MIB:.1f}",
+            f"{total / one.stock.on_disk:.2f}x",
         ])  # fmt: skip
     return [line.removeprefix("  ") for line in format_table(rows).splitlines()]
 
@@ -193,22 +242,17 @@ def main() -> None:
     given = parser.parse_args()
     pipeline.silence_libraries()
     step_checkpoint.MIN_SECONDS = 0.0
-    tree: dict[str, Any] = {"strategies": {}}
+    measured: dict[str, Measured] = {}
     if RESULT.exists():
-        tree = json.loads(RESULT.read_text("utf-8"))
+        stored = json.loads(RESULT.read_text("utf-8"))["strategies"]
+        measured = {name: Measured.model_validate(one) for name, one in stored.items()}
     for strategy in [given.only] if given.only else STRATEGIES:
-        pairs, stock = measure_strategy(strategy, given.pairs)
-        tree["strategies"][strategy] = {
-            "pairs": [pair.model_dump() for pair in pairs], "stock_bytes": stock,
-        }  # fmt: skip
-    measured = {
-        name: ([Pair.model_validate(pair) for pair in tree["strategies"][name]["pairs"]],
-               tree["strategies"][name]["stock_bytes"])
-        for name in STRATEGIES if name in tree["strategies"]
-    }  # fmt: skip
-    tree["table"] = format_strategies(measured)
-    print("\n".join(tree["table"]))
-    RESULT.write_text(json.dumps(tree, indent=1) + "\n", "utf-8")
+        measured[strategy] = measure_strategy(strategy, given.pairs)
+    measured = {name: measured[name] for name in STRATEGIES if name in measured}
+    table = format_strategies(measured)
+    print("\n".join(table))
+    strategies = {name: one.model_dump() for name, one in measured.items()}
+    RESULT.write_text(json.dumps({"strategies": strategies, "table": table}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

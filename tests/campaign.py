@@ -3,7 +3,8 @@
     python -m tests.campaign --kills 100 --signals 40 --faults 60 --races 20 --ranks 8 --store
 
 `--store` adds each trial to those of the same code in benchmarks/results/campaign.json, and passes
-over what is there: with `--minutes` a campaign is made in parts, by the same command.
+over what is there: with `--minutes` a campaign is made in parts, by the same command. `--share 1/2`
+and `--share 2/2` make it on two cores at once.
 
 Each run is the whole pipeline of a tiny model, its checkpoints written as often as they can be. A
 run that was cut off is continued by the same command. It must end with the weights, predictions,
@@ -26,7 +27,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 TESTS = Path(__file__).parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
@@ -43,8 +43,7 @@ from support.campaign_runs import (
     wait,
     write_recipes,
 )
-
-from hftl.train import step_checkpoint
+from support.disk_states import Recorder, count_changes, read_states
 
 LIMIT_SECONDS = 30
 """In which a run must have ended after a signal."""
@@ -58,17 +57,21 @@ class Schedule:
         seed: of all draws.
         minutes: after which no other trial begins.
         log: of the trials.
+        share: which of so many equal parts of them is made here, and how many parts there are.
     """
 
-    def __init__(self, seed: int, minutes: float, log: Log) -> None:
-        self.seed, self.log = seed, log
+    def __init__(
+        self, seed: int, minutes: float, log: Log, share: tuple[int, int] = (1, 1)
+    ) -> None:
+        self.seed, self.log, self.share = seed, log, share
         self._deadline = time.monotonic() + 60 * minutes
 
     def list_missing(self, kind: str, recipe: str, count: int) -> list[int]:
         """Return the numbers of the trials that the log lacks, spread over the run as they come."""
         mixed = self.draw("order", count).sample(range(count), count)
+        part, parts = self.share
         return [
-            number for number in mixed
+            number for number in mixed[part - 1 :: parts]
             if not self.log.has(kind, (recipe, self.seed, number, count))
         ]  # fmt: skip
 
@@ -115,8 +118,9 @@ class Campaign:
 
     def run(self, kind: str, count: int) -> None:
         """Make the trials of one kind."""
-        if kind == "faults" and self.schedule.list_missing(kind, self.recipe.stem, count):
-            self._list_calls(count)
+        if kind == "faults":
+            self._record_states()
+            count = min(count, len(self.changes))
         trials = {"kills": self._kill, "signals": self._stop, "faults": self._cut_write,
                   "races": self._race}  # fmt: skip
         self.schedule.run(kind, self.recipe.stem, count, lambda number: trials[kind](number, count))
@@ -191,25 +195,27 @@ class Campaign:
             return "went on to the report"
         return self._finish(place, number)
 
-    def _list_calls(self, count: int) -> None:
-        """List the calls that write, flush or rename, and draw those that will not return."""
-        self.calls, place = self.folder / "calls.txt", self._open_trial()
-        self.calls.unlink(missing_ok=True)
-        code = wait(start(self.recipe, place, lambda: fail_at(0, self.calls)))
-        assert code == 0
-        self.phases = [name_phase(path, place) for path in self.calls.read_text().splitlines()]
-        draw = self.schedule.draw("faults", self.recipe.stem)
-        self.chosen = draw_calls(self.phases, count, draw)
-        hit = Counter(self.phases[at - 1] for at in self.chosen)
-        for phase, total in Counter(self.phases).items():
-            print(f"{self.recipe.stem} {phase}: {hit[phase]} of {total} calls", flush=True)
+    def _record_states(self) -> None:
+        """Record the folder before each write, flush, rename and removal of a run."""
+        place, self.states = self._open_trial(), self.folder / f"{self.recipe.stem}-states"
+        recorder = Recorder(place, self.states)
+        code = wait(start(self.recipe, place, recorder.start))
+        assert code == 0, place.with_suffix(".txt").read_text()
+        self.changes = [
+            f"{event} in {name_phase(path, place)}" for event, path in read_states(self.states)
+        ]
+        phases = Counter(change.partition(" in ")[2] for change in self.changes)
+        counts = ", ".join(f"{phase} {count}" for phase, count in phases.items())
+        print(f"{self.recipe.stem}: {count_changes(self.states)} changes of files leave "
+              f"{len(self.changes)} states: {counts}", flush=True)  # fmt: skip
 
-    def _cut_write(self, number: int, _: int) -> tuple[str, str]:
-        """Let the power fail at a write, flush or rename, which is not carried out."""
-        at, place = self.chosen[number], self._open_trial()
-        wait(start(self.recipe, place, lambda: fail_at(at, self.calls)))
-        what = f"call {at} of {len(self.phases)} in {self.phases[at - 1]}"
-        return what, self._finish(place, number)
+    def _cut_write(self, number: int, count: int) -> tuple[str, str]:
+        """Go on from what a kill before a change of a file leaves."""
+        # Its own share of the states, or all.
+        at = number * len(self.changes) // count
+        place = self._open_trial()
+        shutil.copytree(self.states / str(at), place)
+        return f"state {at} of {len(self.changes)}, {self.changes[at]}", self._finish(place, number)
 
     def _race(self, number: int, count: int) -> tuple[str, str]:
         """Start a second run in the folder of the first, every other time at once."""
@@ -231,39 +237,6 @@ def name_phase(path: str, run: Path) -> str:
     # An arm's seeds are one phase.
     name = rest[0].split("-seed")[0] if len(rest) > 0 else ""
     return f"{first}/{name}" if first in ("phases", "arms", "checkpoints") else first
-
-
-def draw_calls(phases: list[str], count: int, draw: random.Random) -> list[int]:
-    """Return the numbers of calls, from 1: one of each phase, the rest spread over the run."""
-    places: dict[str, list[int]] = {}
-    for number, phase in enumerate(phases, 1):
-        places.setdefault(phase, []).append(number)
-    chosen = [draw.choice(numbers) for numbers in places.values()][:count]
-    left = count - len(chosen)
-    chosen += [1 + int((n + draw.random()) / left * (len(phases) - 1)) for n in range(left)]
-    return sorted(chosen)
-
-
-def fail_at(number: int, calls: Path) -> None:
-    """End this process in the call of so many flushes, renames and safetensors; 0 lists them."""
-    done = 0
-
-    def wrap(function: Callable[..., Any], find_path: Callable[..., str]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal done
-            done += 1
-            if done == number:
-                os._exit(137)
-            if not number:
-                with open(calls, "a") as handle:
-                    handle.write(f"{find_path(*args)}\n")
-            return function(*args, **kwargs)
-
-        return call
-
-    os.fsync = wrap(os.fsync, lambda handle: os.readlink(f"/proc/self/fd/{handle}"))
-    os.rename = wrap(os.rename, lambda old, _: str(old))  # pyright: ignore
-    step_checkpoint.save_file = wrap(step_checkpoint.save_file, lambda _, path: str(path))
 
 
 class RankCampaign:
@@ -324,15 +297,25 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=["text", "image"], help="of the two recipes")
     parser.add_argument("--minutes", type=float, default=math.inf)
+    parser.add_argument("--share", type=read_share, default=(1, 1), metavar="1/2",
+                        help="make one half of the trials, for two processes at once")  # fmt: skip
     parser.add_argument("--store", action="store_true")
     return parser.parse_args()
+
+
+def read_share(text: str) -> tuple[int, int]:
+    """Return a part of so many, as 1/2."""
+    part, parts = map(int, text.split("/"))
+    if not 1 <= part <= parts:
+        raise ValueError(text)
+    return part, parts
 
 
 def main() -> int:
     """Run what is asked for; return 1 if anything ended otherwise."""
     options = read_options()
     log = Log(RESULT if options.store else None)
-    schedule = Schedule(options.seed, options.minutes, log)
+    schedule = Schedule(options.seed, options.minutes, log, options.share)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         recipes = write_recipes(folder)

@@ -1,6 +1,7 @@
 """Let one of two processes do nothing: both end within the limit, and the line names it."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -40,13 +41,17 @@ with watchdog.watch_processes(folder, report):
 
 @pytest.mark.parametrize("case", ["hangs", pytest.param("goes on", marks=pytest.mark.slow)])
 def test_process_that_hangs_ends_all_and_is_named(case: str, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     environment = os.environ | {
-        "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", watchdog.VARIABLE: "0.5",
+        "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), watchdog.VARIABLE: "0.5",
     }  # fmt: skip
     started = time.monotonic()
     processes = [
         subprocess.Popen([sys.executable, "-c", PROCESS, str(tmp_path), str(rank), case],
-                         env=environment | {"RANK": str(rank)})
+                         env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(2)
     ]  # fmt: skip
     codes = [process.wait(timeout=30) for process in processes]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from filelock import FileLock
 from pydantic import BaseModel
 
 from hftl.console import format_table
@@ -19,7 +20,7 @@ RESULT = ROOT / "benchmarks" / "results" / "campaign.json"
 KINDS = {
     "kills": "kill -9, then the same command",
     "signals": "SIGTERM, Ctrl-C, SIGUSR1",
-    "faults": "ended in a write, flush, rename",
+    "faults": "killed before a write, flush, rename",
     "races": "two runs in one folder",
     "ranks": "one rank of two, or the launcher",
 }
@@ -69,8 +70,8 @@ class Log:
 
     def __post_init__(self) -> None:
         self.code = hash_code()
-        is_kept = self.path is not None and self.path.exists()
-        self.kinds = read_campaign(self.path).kinds if is_kept and self.path else {}
+        self.kinds: dict[str, Findings] = {}
+        self._read()
         self.added: list[tuple[str, Trial]] = []
 
     def has(self, kind: str, key: tuple[str, int, int, int]) -> bool:
@@ -78,17 +79,30 @@ class Log:
         return key in {trial.key for trial in self._list_trials(kind)}
 
     def add(self, kind: str, trial: Trial) -> None:
-        """Add a trial, and write the file."""
-        trials = sorted([*self._list_trials(kind), trial], key=lambda trial: trial.key)
-        today = datetime.now(UTC).date().isoformat()
-        self.kinds[kind] = Findings(code=self.code, date=today, trials=trials)
+        """Add a trial to the file, to which another process may add others at the same time."""
+        if self.path is None:
+            self._put(kind, trial)
+        else:
+            with FileLock(f"{self.path}.lock"):
+                self._read()
+                self._put(kind, trial)
+                kinds = {kind: self.kinds[kind] for kind in KINDS if kind in self.kinds}
+                results = CampaignResults(kinds=kinds, table=build_table(kinds))
+                write_text(self.path, results.model_dump_json(indent=1) + "\n")
         self.added.append((kind, trial))
         print(f"{kind} {trial.recipe} {trial.number} of {trial.of}, {trial.what}: "
               f"{trial.problem or 'identical'}", flush=True)  # fmt: skip
-        if self.path is not None:
-            kinds = {kind: self.kinds[kind] for kind in KINDS if kind in self.kinds}
-            results = CampaignResults(kinds=kinds, table=build_table(kinds))
-            write_text(self.path, results.model_dump_json(indent=1) + "\n")
+
+    def _read(self) -> None:
+        """Read what is kept."""
+        if self.path is not None and self.path.exists():
+            self.kinds = read_campaign(self.path).kinds
+
+    def _put(self, kind: str, trial: Trial) -> None:
+        """Add a trial to those of the same code."""
+        trials = sorted([*self._list_trials(kind), trial], key=lambda trial: trial.key)
+        today = datetime.now(UTC).date().isoformat()
+        self.kinds[kind] = Findings(code=self.code, date=today, trials=trials)
 
     def _list_trials(self, kind: str) -> list[Trial]:
         stored = self.kinds.get(kind)
@@ -126,7 +140,9 @@ def build_table(kinds: dict[str, Findings]) -> list[str]:
 def hash_code() -> str:
     """Return a hash of the package and of the campaign."""
     digest = hashlib.sha256()
-    campaign = [ROOT / "tests" / "campaign.py", ROOT / "tests" / "support" / "campaign_runs.py"]
+    support = ROOT / "tests" / "support"
+    campaign = [support.parent / "campaign.py", support / "campaign_runs.py",
+                support / "disk_states.py"]  # fmt: skip
     for path in [*sorted((ROOT / "hftl").rglob("*.py")), *campaign]:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
