@@ -4,6 +4,7 @@ Launchers replace the codes of the processes they start, so error.json is where 
 """
 
 import errno
+import os
 import shutil
 import sys
 import tempfile
@@ -150,6 +151,8 @@ def _convert_file_error(error: Exception) -> RecipeError | None:
     is_folder_missing = error.errno == errno.ENOENT and not Path(error.filename).parent.is_dir()
     # Processes of their own are started with this interpreter, whose environment may be gone.
     is_expected = is_folder_missing or error.filename == sys.executable
+    if error.errno == errno.ENAMETOOLONG:
+        return RecipeError(f"{error.strerror}: {error.filename[:40]}...", "Choose another")
     if error.errno not in PERMISSION_ERRNOS and not is_expected:
         return None
     return RecipeError(f"{error.filename}: {error.strerror}", "Check the path and who may use it")
@@ -190,7 +193,8 @@ def _has_failure_file() -> bool:
 def _write_failure(code: int, kind: str, message: str, error: BaseException | None = None) -> int:
     """Write exit code and traceback to the run folder, where there is one, and return the code."""
     folder = CURRENT_COMMAND.run
-    if folder is None or not (folder / ".lock").exists() or isinstance(error, LockedError):
+    # os.path takes a name that is too long for one of no file, too.
+    if folder is None or not os.path.exists(folder / ".lock") or isinstance(error, LockedError):
         return code
     report: dict[str, Any] = {"exit_code": code, "error": kind, "message": message}
     if _has_failure_file():

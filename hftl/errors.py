@@ -7,6 +7,7 @@ import difflib
 import errno
 import os
 import re
+from collections.abc import Iterable
 
 ELLIPSIS = "..."
 
@@ -32,6 +33,16 @@ class HftlError(Exception):
 def _strip_full_stop(text: str) -> str:
     """Return a sentence without its full stop; an ellipsis at its end is a part of it."""
     return text if text.endswith(ELLIPSIS) else text.removesuffix(".")
+
+
+MAX_NAMES = 12
+
+
+def join_names(names: Iterable[str]) -> str:
+    """Return names as a list in words, and of many how many more there are."""
+    shown = list(names)
+    more = f" and {len(shown) - MAX_NAMES} more" if len(shown) > MAX_NAMES else ""
+    return ", ".join(shown[:MAX_NAMES]) + more
 
 
 def rename_key(error: HftlError, key: str, option: str) -> HftlError:

@@ -14,7 +14,7 @@ from hftl.data.csv_reader import find_separator
 from hftl.data.guessed_table import LabelCounts, list_doubts, read_guessed_table
 from hftl.data.splits import TASKS_WITHOUT_CLASS_SHOTS
 from hftl.data.tables import guess_format
-from hftl.errors import DataError, RecipeError
+from hftl.errors import DataError, RecipeError, is_disk_full
 from hftl.finetune.strategies import FINETUNE_STRATEGIES
 from hftl.models.architectures import ARCHITECTURES, READ_AS, UNHEADED
 from hftl.models.image_architectures import UNHEADED_ENCODERS
@@ -26,6 +26,7 @@ from hftl.models.known_sources import (
 from hftl.models.timm_architecture import TIMM_WRAPPER
 from hftl.models.vision_language_architectures import VISION_LANGUAGE
 from hftl.plurals import count_noun
+from hftl.publish.settings_files import ADAPTER_CONFIG
 from hftl.runtime import paths, run_folder
 
 MAX_NUMBERS = 4
@@ -108,11 +109,14 @@ def write_recipe(data: Path, source: str, output: Path | None) -> tuple[Path, li
     model = paths.resolve_local_path(source, "--source")
     if model is not None and not (model / "config.json").is_file():
         raise RecipeError(f"--source: {source} holds no model", "Give a folder with config.json")
+    if model is not None and (model / ADAPTER_CONFIG).exists():
+        raise RecipeError(f"--source: {source} holds an adapter", "Give its base, a whole model")
     guess, counts = read_guessed_table(data)
+    about_source = [] if model else _describe_hub_source(source)
     family = _find_family(source, model)
     _check_family(source, family)
     _check_modality(source, family, guess)
-    notes = [*_describe_guess(guess, counts), *([] if model else _describe_hub_source(source))]
+    notes = [*_describe_guess(guess, counts), *about_source]
     packaged = find_packaged_source(source)
     published = "# published_as: org/name\t# the public id, where model is a folder or package"
     if model is not None:
@@ -120,11 +124,17 @@ def write_recipe(data: Path, source: str, output: Path | None) -> tuple[Path, li
     if packaged is not None:
         notes.append(f"source: {source} has the weights of {packaged.id}, its public id")
     notes += [f"warning: {doubt}" for doubt in list_doubts(guess, counts)]
-    path.parent.mkdir(parents=True, exist_ok=True)
     pooling = _choose_pooling(guess, source, family)
-    run_folder.write_text(
-        path, _fill_template(guess, counts, data, source, path, published, pooling)
-    )
+    text = _fill_template(guess, counts, data, source, path, published, pooling)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        run_folder.write_text(path, text)
+    except OSError as error:
+        if is_disk_full(error):
+            raise
+        raise RecipeError(
+            f"--output {path} cannot be written: {error.strerror}", "Choose another file"
+        ) from error
     return path, notes
 
 
@@ -163,7 +173,7 @@ def _find_family(source: str, model: Path | None) -> str | None:
     neither says it."""
     if model is not None:
         family = _read_family(source, model / "config.json")
-        return READ_AS.get(str(family), family)
+        return READ_AS.get(family, family)
     if source.startswith("timm/"):
         return TIMM_WRAPPER
     known = find_known_source(source)
@@ -198,11 +208,11 @@ def _check_modality(source: str, family: str | None, guess: ColumnGuess) -> None
         )
 
 
-def _read_family(source: str, path: Path) -> str | None:
+def _read_family(source: str, path: Path) -> str:
     """Return the architecture that a config names.
 
     Raises:
-        RecipeError: if it is no JSON.
+        RecipeError: if it is no JSON, or names none.
     """
     try:
         config: Any = json.loads(path.read_text("utf-8"))
@@ -210,7 +220,12 @@ def _read_family(source: str, path: Path) -> str | None:
         raise RecipeError(
             f"--source: config.json of {source} is no JSON: {error}", "Give the model anew"
         ) from error
-    return config.get("model_type") if isinstance(config, dict) else None
+    family = config.get("model_type") if isinstance(config, dict) else None
+    if not isinstance(family, str):
+        raise RecipeError(
+            f"--source: config.json of {source} names no model_type", "Give the model anew"
+        )
+    return family
 
 
 def _describe_hub_source(source: str) -> list[str]:

@@ -224,8 +224,8 @@ def cover_classifiers(trials: int, shift: float, patch: pytest.MonkeyPatch) -> d
     covered = {}
     for name, errors in attained.items():
         truth = 2 - 4 * float(np.mean(errors))
-        found = [getattr(one, name) for one in classified]
-        covered[name] = float(np.mean([one.low <= truth <= one.high for one in found]))
+        intervals = [getattr(one, name) for one in classified]
+        covered[name] = float(np.mean([one.low <= truth <= one.high for one in intervals]))
     return covered
 
 
@@ -262,19 +262,19 @@ def cover_words(trials: int, tilt: float) -> dict[str, float]:
     shares = 1 / np.arange(1, 3001)
     both = [shares / shares.sum(), shares * np.exp(tilt * rng.normal(size=3000))]
     both[1] /= both[1].sum()
-    found: dict[str, list[distance.Distance]] = {"overlap": [], "divergence": []}
+    drawn: dict[str, list[distance.Distance]] = {"overlap": [], "divergence": []}
     for trial in range(trials):
         rng = np.random.default_rng(trial)
         first, second = (
             [names[rng.choice(3000, n, p=p)].tolist() for n in rng.poisson(15, 200) + 3]
             for p in both
         )
-        found["overlap"].append(compute_word_overlap(first, second))
-        found["divergence"].append(compute_word_divergence(first, second))
-    means = {name: float(np.mean([one.value for one in every])) for name, every in found.items()}
+        drawn["overlap"].append(compute_word_overlap(first, second))
+        drawn["divergence"].append(compute_word_divergence(first, second))
+    means = {name: float(np.mean([one.value for one in every])) for name, every in drawn.items()}
     return {
         name: float(np.mean([one.low <= means[name] <= one.high for one in every]))
-        for name, every in found.items()
+        for name, every in drawn.items()
     }
 
 

@@ -13,7 +13,8 @@ from support.planted_defects import (
 )  # fmt: skip
 
 from hftl.config.section import Source
-from hftl.doctor.adapter_folder import AdapterFolder, Examination
+from hftl.doctor import checks
+from hftl.doctor.adapter_folder import AdapterFolder, Examination, defect
 from hftl.doctor.checks import check_base_name, examine_adapter
 from hftl.errors import RecipeError
 from hftl.models.source import find_source, hash_source_weights
@@ -78,6 +79,18 @@ def test_what_a_run_has_written_is_mended_by_its_recipe() -> None:
         folder = AdapterFolder("run", Path("run/publish"), run, False, list(settings), settings, {})
         [finding] = check_base_name(Examination(folder))
         assert fix in finding.fix and "the base is not named" in finding.what
+
+
+def test_what_fix_leaves_alone_is_not_said_to_be_mended_by_it(
+    adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finding = defect("names", "tensors carry the adapter's name", "a", "Rename them: --fix")
+    monkeypatch.setattr(checks, "CHECKS", (lambda examination: [finding],))
+    folder = copied(adapters, "bert", tmp_path).rename(tmp_path / "publish")
+    assert examine_adapter(folder).findings == [finding]
+    (tmp_path / "recipe.yaml").touch()
+    [advised] = examine_adapter(tmp_path).findings
+    assert advised.fix.startswith("Run the same `hftl run` again") and advised.what == finding.what
 
 
 def test_the_hash_of_the_right_base_is_no_finding(

@@ -93,7 +93,7 @@ def test_any_column_name_survives_yaml(names: list[str], other: str, tmp_path: P
 def test_any_path_survives_yaml(name: str, tmp_path: Path) -> None:
     data = write(tmp_path / name, columns(text=TEXTS, label=LABELS))
     (tmp_path / "model: 2 # b").mkdir()
-    (tmp_path / "model: 2 # b" / "config.json").write_text("{}")
+    (tmp_path / "model: 2 # b" / "config.json").write_text('{"model_type": "bert"}')
     path, _ = write_recipe(data, str(tmp_path / "model: 2 # b"), tmp_path / "r.yaml")
     recipe = Recipe.load(path)
     assert recipe.data.train.path == str(data)
@@ -114,6 +114,25 @@ def test_a_source_that_is_not_there(
     with pytest.raises(RecipeError, match=rf"--source: .*{message}"):
         write_recipe(table, source, tmp_path / "r.yaml")
     assert not (tmp_path / "r.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("config.json", "[]", "names no model_type"), ("config.json", "{}", "names no model_type"),
+        ("adapter_config.json", "{}", "holds an adapter"),
+    ],
+)  # fmt: skip
+def test_a_folder_that_holds_no_whole_model(
+    name: str, content: str, why: str, table: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / name).write_text(content)
+    with pytest.raises(RecipeError, match=f"--source.*{why}"):
+        write_recipe(table, str(tmp_path), tmp_path / "r.yaml")
+    for output in (table / "r.yaml", Path("/proc/r.yaml")):
+        with pytest.raises(RecipeError, match="--output .*r.yaml cannot be written"):
+            write_recipe(table, "org/model", output)
 
 
 def test_a_recipe_lies_beside_you_and_is_never_overwritten(

@@ -7,6 +7,7 @@ process, and nothing trains, so that all of them end in seconds.
 import copy
 import io
 import json
+import os
 import re
 import shutil
 import struct
@@ -94,7 +95,7 @@ RECIPES: dict[str, tuple[str, str]] = {
                       "finetune.training.learning_rate"),
     "shots as text": (HEAD.replace("a.csv", "a.csv, shots: many"), "data.shots"),
     "shots as fraction": (HEAD.replace("a.csv", "a.csv, shots: 2.5"), "data.shots"),
-    "shots as bool": (HEAD.replace("a.csv", "a.csv, shots: true"), "shots must be a number"),
+    "shots as bool": (HEAD.replace("a.csv", "a.csv, shots: true"), "data.shots"),
     "huge seed": (HEAD.replace("a.csv", f"a.csv, seed: {10**30}"), "data.seed"),
     "seeds as text": (HEAD + "measure: {seeds: '0'}\n", "measure.seeds"),
     "seeds of texts": (HEAD + "measure: {seeds: [zero]}\n", "measure.seeds.0"),
@@ -133,6 +134,16 @@ RECIPES: dict[str, tuple[str, str]] = {
     "huge image": (HEAD.replace("a.csv", "a.csv, image_size: 100000"), "data.image_size"),
     "two places of a prompt": (HEAD.replace("a.csv", "a.csv, prompt: '{} {}'"), "prompt"),
     "token as value": (HEAD + f"publish: {{repo_id: hf_{'abcdefghij' * 3}}}\n", "secret"),
+    "no name of a table": ("source: {model: x}\ndata: {train: ''}\n", "data.train.path"),
+    "no name of a model": ("source: {model: ''}\ndata: {train: a.csv}\n", "source.model"),
+    "published as a path": (HEAD.replace("x}", "x, published_as: ../x}"), "source.published_as"),
+    "published as words": (HEAD.replace("x}", "x, published_as: my model}"), "no hub id"),
+    "a revision that climbs": (HEAD.replace("x}", "x, revision: ../main}"), "source.revision"),
+    "steps below 0": (HEAD + "finetune: {training: {eval_steps: -2}}\n", "eval_steps"),
+    "a compiler of no name": (HEAD + "finetune: {training: {torch_compile_mode: fast}}\n",
+                              "torch_compile_mode must be null or default"),
+    "400 digits": (HEAD + f"finetune: {{training: {{num_train_epochs: {10**400}}}}}\n",
+                   "num_train_epochs must be|got 1000"),
     "password in a URL": (HEAD.replace("a.csv", "'https://me:word@host/a.csv'"), "secret"),
 }  # fmt: skip
 
@@ -295,6 +306,8 @@ TABLES: dict[str, tuple[str, bytes, str, dict[str, Any]]] = {
                       {"task": "token-classification"}),
     "a column of 2": ("a.csv", b"text,p,q\na,0,1\nb,2,0\n", "line 3|not 0 or 1",
                       {"task": "multi-label", "train": {"label": ["p", "q"]}}),
+    "many columns": ("a.csv", (",".join(f"c{n}" for n in range(9000)) + "\n").encode() * 2,
+                     "no column 'text'; it has c0, c1|and 8988 more", {}),
     "fractions as classes": ("a.csv", b"text,label\n" + b"".join(
         b"a%d,%f\n" % (n, n + 0.5) for n in range(9)), "fractions for classes", {}),
     "no second text": ("a.csv", as_csv(), "no column 'other'", {"train": {"text": ["text",
@@ -330,6 +343,20 @@ def test_table(case: str, bert: Path, run: Callable[..., None], tmp_path: Path) 
     name, content, words, more = TABLES[case]
     (tmp_path / name).write_bytes(content)
     run(3, words, bert, tmp_path / name, **more)
+
+
+def test_names_that_are_too_long(bert: Path, run: Callable[..., None], hftl: Hftl) -> None:
+    run(2, "File name too long: aaaa", bert, Path("a" * 5000 + ".csv"))
+    run(2, "File name too long: /aaaa", Path("/" + "a" * 5000), Path("a.csv"))
+    (Path("r.yaml")).write_text(HEAD, encoding="utf-8")
+    assert_refused(hftl("run", "r.yaml", "--output", "n" * 300), 2, "File name too long")
+
+
+def test_a_pipe_or_device_is_no_table(bert: Path, run: Callable[..., None], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.csv")
+    (tmp_path / "b.csv").symlink_to("/dev/zero")
+    for name in ("a.csv", "b.csv"):
+        run(3, f"{name} is neither a file nor a folder", bert, tmp_path / name)
 
 
 def test_table_whose_classes_of_test_are_unseen(

@@ -21,7 +21,10 @@ WHOLE = "a whole number of at least 1, or null"
 REFUSED = {
     "source=null": ("'source' is missing", "Add it: a mapping {model: ...}"),
     "source=org/model": ("'source' must be a mapping {model: ...}", "Its keys: model, revision"),
-    "source.model=5": ("'source.model' must be a text, got 5", "Put it in quotes: '5'"),
+    "source.model=5": (
+        "'source.model' must be a text that is not empty, got 5",
+        "Put it in quotes: '5'",
+    ),
     "source.quantization=8bit": ("must be 4bit, or null, got '8bit'", "did you mean '4bit'?"),
     "data.train=[a.csv, b.csv]": ("'data.train' must be a mapping {path: ...}", "keys: path"),
     "data.train.text=5": ("'data.train.text' must be a text or a list, each a text, got 5", ""),

@@ -83,6 +83,17 @@ def test_a_file_where_a_run_keeps_a_folder_is_named(name: str, tmp_path: Path) -
         run_folder.create_run_folder(tmp_path)
 
 
+def test_a_run_within_the_folder_of_another_is_refused(tmp_path: Path) -> None:
+    run_folder.create_run_folder(tmp_path / "run")
+    (tmp_path / "run" / "recipe.yaml").touch()
+    with pytest.raises(RecipeError, match="phases/x lies in the run folder .*/run"):
+        run_folder.create_run_folder(tmp_path / "run" / "phases" / "x")
+    assert not (tmp_path / "run" / "phases").exists()
+    # A project may hold a recipe of that name beside its runs.
+    (tmp_path / "recipe.yaml").touch()
+    run_folder.create_run_folder(tmp_path / "another")
+
+
 def test_a_stage_is_replaced_as_a_whole(stage: Path) -> None:
     old = run_folder.hash_stage(stage)
     with run_folder.commit_stage(stage, {"recipe": {}}) as aside:

@@ -4,9 +4,10 @@ import json
 import random
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -202,6 +203,9 @@ def test_every_word_is_predicted_a_tag(runs: dict[str, tuple[Path, Record]]) -> 
     assert cut["label"][20:] == ["O"] * 20 and cut["score"][20:] == [None] * 20
     with pytest.raises(DataError, match="takes a list, got one str"):
         model.predict("the film")
+    for given in (None, 3, {"text": ["the"]}, pa.table({"text": ["the"]})):
+        with pytest.raises(DataError, match=f"a list of inputs, got a {type(given).__name__}"):
+            model.predict(cast(Any, given))
     with pytest.raises(DataError, match="input 1 is 'the film', expected a list of words"):
         model.predict(["the film"])
     text = predict_table(str(folder), folder.parent / f"{TAGS}.jsonl", None)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from peft import LoraConfig
+from torch._inductor import list_mode_options
 from transformers import TrainingArguments
 
 from hftl.config import upstream_args
@@ -77,6 +78,8 @@ REFUSED = {
     "label_smoothing_factor": [-1, 1.0], "weight_decay": [-0.01], "max_grad_norm": [-1],
     "warmup_steps": [-1], "max_steps": [0, -2], "log_level": ["foo"], "log_level_replica": ["foo"],
     "train_sampling_strategy": ["foo"], "parallelism_config": [5, 0, {}],
+    "torch_compile_mode": ["foo"], "logging_steps": [-5], "eval_steps": [-0.5], "eval_delay": [-1],
+    "save_steps": [-1], "ddp_timeout": [0], "torch_empty_cache_steps": [0],
 }  # fmt: skip
 ALLOWED = {
     "adam_beta1": 0, "adam_epsilon": 0, "label_smoothing_factor": 0.99, "weight_decay": 0,
@@ -102,8 +105,16 @@ def test_values_out_of_their_range(section: str) -> None:
 def test_choices_are_those_of_the_class() -> None:
     fields = {field.name: field for field in dataclasses.fields(TrainingArguments)}
     for name, choices in upstream_args.TRAINING_CHOICES.items():
-        if name != "parallelism_config":
+        if name == "torch_compile_mode":
+            assert {*choices} - {None} == {*list_mode_options()}
+        elif name != "parallelism_config":
             assert {*choices} - {None} == {*fields[name].metadata["choices"]}
+
+
+def test_arguments_of_an_optimizer_are_pairs(tmp_path: Path) -> None:
+    for given in ("x=y=z", "x", "x=1,"):
+        with pytest.raises(RecipeError, match=f"optim_args={given} is no list of name=value"):
+            build_training_arguments("adapt", {"optim_args": given}, {}, str(tmp_path), 0, "cpu")
 
 
 @pytest.mark.parametrize("name", ["torch_compile_backend", "accelerator_config"])

@@ -14,7 +14,7 @@ BadRowsRule = Literal["refuse", "skip"]
 class Table(Section):
     """Locate a dataset: a file, a folder, `package:<import name>/<path>` or a Hub id."""
 
-    path: str
+    path: str = Field(min_length=1)
     format: Literal["csv", "jsonl", "parquet", "txt", "textfolder", "imagefolder", "hub"] | None = (
         None
     )

@@ -1,10 +1,13 @@
 """Define what every section of a recipe refuses; and `source`."""
 
+import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
+
+from hftl.runtime.paths import is_hub_id
 
 MAX_SEED = 2**32 - 1
 """The largest seed that numpy's generators take."""
@@ -12,6 +15,7 @@ MAX_WEIGHT = 1e12
 """The largest weight of a term of the loss: far more overflows in 32 bits."""
 MIN_TEMPERATURE = 1e-6
 """The least that cosines or logits are divided by: far less overflows in 32 bits."""
+REVISION_PATTERN = re.compile(r"[A-Za-z0-9][\w./-]*", re.ASCII)
 NUMBERS = (int, float, int | None, float | None)
 """Types of keys that hold a number."""
 NOT_A_NUMBER = "not_a_number"
@@ -47,8 +51,22 @@ def name_by_label(value: Any) -> Any:
 class Source(Section):
     """Name the pretrained model that everything starts from."""
 
-    model: str
+    model: str = Field(min_length=1)
     revision: str | None = None
     published_as: str | None = None
     quantization: Literal["4bit"] | None = None
     """4bit: the frozen weights are held in 4 bits by bitsandbytes, under LoRA, on a CUDA GPU."""
+
+    @field_validator("published_as")
+    @classmethod
+    def _check_hub_id(cls, name: str | None) -> str | None:
+        if name is not None and not is_hub_id(name):
+            raise ValueError(f"{name!r} is no hub id, such as org/name")
+        return name
+
+    @field_validator("revision")
+    @classmethod
+    def _check_revision(cls, name: str | None) -> str | None:
+        if name is not None and not (REVISION_PATTERN.fullmatch(name) and ".." not in name):
+            raise ValueError(f"{name!r} is no commit, branch or tag")
+        return name

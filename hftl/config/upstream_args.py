@@ -192,7 +192,8 @@ def _check_ranges(values: Mapping[str, object], ranges: Mapping[str, Range], pla
     for name, value in values.items():
         if name in ranges and value not in ranges[name]:
             raise RecipeError(
-                f"{place}.{name} must be {ranges[name]}, got {value!r}", "Correct the value"
+                f"{place}.{name} must be {ranges[name]}, got {show_value(value)}",
+                "Correct the value",
             )
 
 

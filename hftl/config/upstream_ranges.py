@@ -70,6 +70,10 @@ TRAINING_RANGES = {
     "adam_beta1": SHARE, "adam_beta2": SHARE, "adam_epsilon": NOT_NEGATIVE,
     "weight_decay": NOT_NEGATIVE, "max_grad_norm": NOT_NEGATIVE, "warmup_steps": NOT_NEGATIVE,
     "label_smoothing_factor": SHARE,
+    # A fraction is a share of all steps.
+    "logging_steps": NOT_NEGATIVE, "eval_steps": NOT_NEGATIVE, "save_steps": NOT_NEGATIVE,
+    "eval_delay": NOT_NEGATIVE, "save_total_limit": COUNT, "torch_empty_cache_steps": COUNT,
+    "ddp_timeout": COUNT, "ddp_bucket_cap_mb": COUNT,
 }  # fmt: skip
 LORA_RANGES = {"r": COUNT, "lora_alpha": ALPHA, "lora_dropout": SHARE}
 PATTERN_RANGES = {"rank_pattern": COUNT, "alpha_pattern": ALPHA}
@@ -81,6 +85,9 @@ TRAINING_CHOICES: Mapping[str, tuple[str | None, ...]] = {
     "log_level_replica": LOG_LEVELS,
     "train_sampling_strategy": ("random", "sequential", "group_by_length", "batch_rebalance"),
     "dataloader_multiprocessing_context": (None, "fork", "spawn", "forkserver"),
+    "torch_compile_mode": (
+        None, "default", "lite", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs",
+    ),
     # A recipe cannot hold an object of accelerate's.
     "parallelism_config": (None,),
-}
+}  # fmt: skip

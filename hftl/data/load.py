@@ -24,7 +24,7 @@ from hftl.data.rows import (
     list_words,
 )
 from hftl.data.tables import get_table_folder, read_table
-from hftl.errors import DataError, suggest_closest
+from hftl.errors import DataError, join_names, suggest_closest
 from hftl.runtime import paths
 
 TRUE_VALUES = (1, True, 1.0, "1")
@@ -238,7 +238,7 @@ def _require_columns(name: str, header: list[str], columns: Sequence[str], part:
             hint = f"; source.model reads {column}s" if column in ("text", "image") else ""
             raise DataError(
                 f"{name}: no column {column!r}{suggest_closest(column, header).replace('?', '')}"
-                f"; it has {', '.join(header)}{hint}",
+                f"; it has {join_names(header)}{hint}",
                 f"Name the columns in data.{part}: {{text: ..., image: ..., label: ...}}",
             )
 

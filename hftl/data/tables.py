@@ -180,8 +180,9 @@ def guess_format(path: Path) -> str:
     """Return the format that a file's suffix, or being a folder, implies.
 
     Raises:
-        DataError: if it implies none, or the folder is empty.
+        DataError: if it implies none, the folder is empty, or it is neither file nor folder.
     """
+    refuse_device(path)
     if path.is_dir() and not _list_files(path):
         raise DataError(f"{path.name} is an empty folder", "Check the path")
     if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
@@ -202,6 +203,16 @@ def guess_format(path: Path) -> str:
             f"Rename it, or set the table's format to one of {', '.join(READERS)}",
         )
     return name
+
+
+def refuse_device(path: Path) -> None:
+    """Refuse a pipe or a device, whose end may never come, and which is read more than once.
+
+    Raises:
+        DataError: naming it.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise DataError(f"{path} is neither a file nor a folder", "Save its content as a file")
 
 
 def _list_class_folders(path: Path) -> list[Path]:
@@ -251,6 +262,7 @@ def read_table(
     if path is None or not path.exists():
         where, fix = paths.explain_missing_path(table.path)
         raise DataError(f"data.{part}.path: {table.path} {where}", fix)
+    refuse_device(path)
     for key in ("name", "split", "revision"):
         if getattr(table, key) is not None:
             raise RecipeError(

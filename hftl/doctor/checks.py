@@ -5,6 +5,7 @@ A check takes the examination and yields findings. To add one, write a function 
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from hftl.doctor.adapter_folder import (
@@ -63,7 +64,16 @@ def examine_adapter(
         # Reloads take seconds: libraries are imported anew.
         with show_activity(check.__name__.replace("_", " ")):
             examination.findings += list(check(examination))
+    if folder.run is not None:
+        examination.findings = [_advise_rerun(finding) for finding in examination.findings]
     return examination
+
+
+def _advise_rerun(finding: Finding) -> Finding:
+    """Return a finding on a run's own folder, which `--fix` leaves alone, with what mends it."""
+    if not finding.fix.endswith("--fix"):
+        return finding
+    return replace(finding, fix="Run the same `hftl run` again, which writes the folder anew")
 
 
 def check_record_unchanged(examination: Examination) -> Iterator[Finding]:
@@ -99,7 +109,6 @@ def check_base_name(examination: Examination) -> Iterator[Finding]:
         return
     fix = "Name its hub id: --base ID --fix"
     if folder.run is not None:
-        # What a run has written is not changed by hand.
         fix = "Set source.published_as to its hub id and run again"
     if adapter.base_name is None:
         what = "the base is not named, so nobody can load it"

@@ -8,7 +8,7 @@ from typing import Any
 from hftl.data.load import find_text_fault
 from hftl.data.rows import SURROGATES, RawRow, find_reading_fault
 from hftl.data.tables import IMAGE_SUFFIXES, READERS, guess_format, read_image_files
-from hftl.errors import DataError, suggest_closest
+from hftl.errors import DataError, join_names, suggest_closest
 from hftl.inference.output_table import Columns, read_column_types
 from hftl.inference.predict import Predictor
 
@@ -87,7 +87,7 @@ def read_table(data: Path, predictor: Predictor) -> InputTable:
             has = list(map(str, columns))
             raise DataError(
                 f"{data.name}: no column {column!r}{suggest_closest(column, has).rstrip('?')}; "
-                f"it has {', '.join(has)}",
+                f"it has {join_names(has)}",
                 f"Name the {predictor.modality} column {column!r}",
             )
     folder = data if data.is_dir() else data.parent

@@ -1,6 +1,6 @@
 """Predict labels, scores and sets of single inputs with a loaded model."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -106,6 +106,12 @@ class Predictor:
         """
         if isinstance(inputs, (str, bytes, Path, Image)):
             raise DataError(f"predict takes a list, got one {type(inputs).__name__}", "Write [it]")
+        # A mapping and a table would give their keys and columns.
+        if not isinstance(inputs, Iterable) or isinstance(inputs, Mapping) or is_table(inputs):
+            raise DataError(
+                f"predict takes a list of inputs, got a {type(inputs).__name__}",
+                "Give a list of texts, pairs, lists of words, or pictures, such as one column",
+            )
         return self.predict_encoded(self.encode(inputs), coverage)
 
     def encode(
@@ -208,6 +214,11 @@ class Predictor:
         if self.label_type == "integer":
             return int(name)
         return name == "True" if self.label_type == "boolean" else name
+
+
+def is_table(inputs: object) -> bool:
+    """Return whether an object is a table of pandas, polars or pyarrow."""
+    return hasattr(inputs, "columns")
 
 
 def _encode_images(

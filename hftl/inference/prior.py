@@ -1,6 +1,5 @@
 """Correct predictions for other class shares than those the model was fitted under."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,8 +14,11 @@ from hftl.measure.shift import (
     estimate_rlls,
     measure_separability,
 )
+from hftl.runtime.run_folder import UnreadableJsonError, read_json
 
 AUTO = "auto"
+MAX_SHARE = 1e12
+"""Of a file, whose shares need not add up to 1."""
 MIN_ROWS = 50
 """Inputs from which on their class shares are estimated."""
 
@@ -110,15 +112,15 @@ def _read_shares(path: Path, names: list[str]) -> np.ndarray:
         RecipeError: naming what is wrong.
     """
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        tree = read_json(path)
+    except (OSError, UnreadableJsonError) as error:
         raise RecipeError(
             f"--prior {path} does not read as JSON",
             'Give auto, or a file such as {"a": 0.2, "b": 0.8}',
         ) from error
     fix = "Give every label a share, at least 0, and one above it"
     if not isinstance(tree, Mapping) or not all(
-        isinstance(v, (int, float)) and 0 <= v < float("inf") for v in tree.values()
+        isinstance(v, (int, float)) and 0 <= v <= MAX_SHARE for v in tree.values()
     ):
         raise RecipeError(f"--prior {path} is no mapping of labels to shares", fix)
     for name in tree:

@@ -96,9 +96,12 @@ def create_run_folder(run: Path) -> None:
     """Make the run folder.
 
     Raises:
-        RecipeError: if it cannot be made or written to, or holds something else.
+        RecipeError: if it cannot be made or written to, holds something else, or lies in another.
         RunFolderError: if it holds a file where a run keeps a folder.
     """
+    outer = next((folder for folder in run.resolve().parents if _is_run_folder(folder)), None)
+    if outer is not None:
+        raise RecipeError(f"{run} lies in the run folder {outer}", "Choose another --output")
     if run.is_dir() and not (run / "recipe.yaml").exists():
         temporary = (DEAL_FOLDER, BEATS_FOLDER, *(f"{TEMPORARY}{name}" for name in RUN_FILES))
         own = {*RUN_FILES, *temporary}
@@ -121,6 +124,11 @@ def create_run_folder(run: Path) -> None:
             f"the output folder {run} cannot be written: {error.strerror}",
             "Choose another --output",
         ) from error
+
+
+def _is_run_folder(folder: Path) -> bool:
+    """Return whether a run has used a folder; a recipe alone may lie anywhere."""
+    return all((folder / name).is_file() for name in ("recipe.yaml", ".lock"))
 
 
 @contextmanager

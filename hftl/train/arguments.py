@@ -147,6 +147,12 @@ def _check_scheduler(section: str, args: TrainingArguments) -> None:
 
 def _check_optimizer(section: str, args: TrainingArguments) -> None:
     """Refuse an optimizer whose package is missing or that needs other settings."""
+    pairs = args.optim_args.split(",") if args.optim_args else []
+    if not all(pair.count("=") == 1 for pair in pairs):
+        raise RecipeError(
+            f"{section}.training.optim_args={args.optim_args} is no list of name=value",
+            "Write it as name=value,name=value",
+        )
     try:
         Trainer.get_optimizer_cls_and_kwargs(args, nn.Linear(1, 1))  # pyright: ignore
     except (ValueError, ImportError) as error:
