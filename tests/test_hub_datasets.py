@@ -24,7 +24,7 @@ def serve(monkeypatch: pytest.MonkeyPatch, dataset: datasets.Dataset) -> list[di
 
     monkeypatch.setattr(datasets, "load_dataset", answer)
     monkeypatch.setattr(
-        "hftl.data.tables.resolve_revision", lambda path, revision: revision or "0" * 40
+        "hftl.data.tables.resolve_revision", lambda path, revision, key: revision or "0" * 40
     )
     return requests
 

@@ -225,6 +225,10 @@ def test_labels_of_one_class_are_refused_wherever_another_may_stand(tmp_path: Pa
     with pytest.raises(DataError, match="one.csv: every row of the column 'label' is 'same'"):
         write_recipe(lone, "org/model", tmp_path / "r.yaml")
     assert not (tmp_path / "r.yaml").exists()
+    (tmp_path / "news" / "sport").mkdir(parents=True)
+    (tmp_path / "news" / "sport" / "a.txt").write_text("a match")
+    with pytest.raises(DataError, match="news: every file is in the folder 'sport', expected a"):
+        write_recipe(tmp_path / "news", "org/model", tmp_path / "r.yaml")
     # Of a sorted table the rows that are looked at are of one class.
     texts = [f"text {i}" for i in range(MAX_SAMPLE_ROWS + 2)]
     labels = ["first"] * (MAX_SAMPLE_ROWS + 1) + ["second"]

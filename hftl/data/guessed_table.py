@@ -69,7 +69,7 @@ def read_guessed_table(data: Path) -> tuple[ColumnGuess, LabelCounts]:
     bad.refuse(data)
     if counts.bad.count > MAX_BAD * counts.rows:
         BadRows(fix=bad.fix, count=counts.bad.count, dropped=counts.bad.dropped).refuse(data)
-    _check_classes(data.name, guess, counts)
+    _check_classes(data, guess, counts)
     return guess, counts
 
 
@@ -122,18 +122,24 @@ def _build_section(data: Path, guess: ColumnGuess) -> Data:
     return Data.model_validate({"task": guess.task, "train": table, "group": guess.group})
 
 
-def _check_classes(name: str, guess: ColumnGuess, counts: LabelCounts) -> None:
+def _check_classes(data: Path, guess: ColumnGuess, counts: LabelCounts) -> None:
     """Refuse labels that are all the same.
 
     Raises:
         DataError: naming the only class.
     """
-    if guess.task == "classification" and len(counts.names) == 1:
+    if guess.task != "classification" or len(counts.names) != 1:
+        return
+    only = min(counts.names)
+    if data.is_dir():
         raise DataError(
-            f"{name}: every row of the column {guess.label!r} is {min(counts.names)!r}, expected "
-            "two classes",
-            "Give rows of other classes, or name another label in a recipe by hand: hftl schema",
+            f"{data.name}: every file is in the folder {only!r}, expected a folder for each class",
+            "Give the folder that holds those of all classes",
         )
+    raise DataError(
+        f"{data.name}: every row of the column {guess.label!r} is {only!r}, expected two classes",
+        "Give rows of other classes, or name another label in a recipe by hand: hftl schema",
+    )
 
 
 def list_doubts(guess: ColumnGuess, counts: LabelCounts) -> Iterator[str]:

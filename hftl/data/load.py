@@ -173,7 +173,8 @@ def load_images(
             bad.note(raw.where, image)
     bad.refuse(paths.resolve_local_path(table.path, f"data.{part}.path"))
     if not rows:
-        raise DataError(f"{name} has no {'usable ' if bad.count else ''}pictures", "Check it")
+        kind = "usable pictures" if bad.count else "pictures"
+        raise DataError(f"data.{part}: {name} has no {kind}", "Check the folder or table")
     warn_of_narrow_images(levels, f"data.{part}")
     return rows
 

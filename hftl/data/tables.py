@@ -312,8 +312,8 @@ def load_hub_rows(table: Table, part: str, columns: Sequence[str] = ()) -> Itera
     import datasets
 
     split = table.split or (part if part in ("train", "validation", "test") else "train")
-    commit = resolve_revision(table.path, table.revision)
     key = f"data.{part}: "
+    commit = resolve_revision(table.path, table.revision, f"data.{part}")
     try:
         dataset: Any = datasets.load_dataset(table.path, table.name, split=split, revision=commit)
     except (OSError, paths.get_http_library().TransportError) as error:
@@ -349,8 +349,13 @@ def _replace_class_ids(value: Any, names: list[str]) -> Any:
 
 
 @cache
-def resolve_revision(path: str, revision: str | None) -> str | None:
+def resolve_revision(path: str, revision: str | None, key: str) -> str | None:
     """Return the commit at which a Hub dataset is read; offline the given revision.
+
+    Args:
+        path: its id.
+        revision: a branch, a tag or a commit; None: the main branch.
+        key: the recipe's name of the table, for messages.
 
     Raises:
         HubError: if the Hub cannot be reached.
@@ -359,7 +364,7 @@ def resolve_revision(path: str, revision: str | None) -> str | None:
 
     if constants.HF_HUB_OFFLINE:
         return revision
-    with paths.translate_hub_errors(path, "dataset"):
+    with paths.translate_hub_errors(path, "dataset", f"{key}: "):
         return HfApi().dataset_info(path, revision=revision).sha
 
 
@@ -367,7 +372,7 @@ def resolve_revisions(data: Data) -> dict[str, str | None]:
     """Return the commit of every table of the Hub, by the recipe's name of the table."""
     tables = {part: getattr(data, part) for part in TABLE_NAMES}
     return {
-        part: resolve_revision(table.path, table.revision)
+        part: resolve_revision(table.path, table.revision, f"data.{part}")
         for part, table in tables.items()
         if isinstance(table, Table) and _is_on_hub(table, part)
     }
