@@ -151,7 +151,7 @@ def _encode_neighbour_rows(context: ExperimentContext, corpus: Corpus) -> list[E
     if len(encoded) <= NEIGHBOURS:
         raise DataError(
             f"adapt.guard=neighbours looks at {NEIGHBOURS} neighbours of each row, and only "
-            f"{len(encoded)} rows are held out",
+            f"{count_noun(len(encoded), 'row')} {choose_verb(len(encoded), 'is')} held out",
             "Give data.general, a larger adapt.held_out, or another guard",
         )
     return encoded
