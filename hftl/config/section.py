@@ -7,14 +7,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from hftl.runtime.paths import is_hub_id
-
 MAX_SEED = 2**32 - 1
 """The largest seed that numpy's generators take."""
 MAX_WEIGHT = 1e12
 """The largest weight of a term of the loss: far more overflows in 32 bits."""
 MIN_TEMPERATURE = 1e-6
 """The least that cosines or logits are divided by: far less overflows in 32 bits."""
+HUB_ID_PATTERN = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 REVISION_PATTERN = re.compile(r"[A-Za-z0-9][\w./-]*", re.ASCII)
 NUMBERS = (int, float, int | None, float | None)
 """Types of keys that hold a number."""
@@ -41,6 +40,11 @@ class Section(BaseModel):
 def find_repeated(values: Sequence[Any]) -> Any:
     """Return the least value that is there twice; None where all differ."""
     return min((value for value in values if values.count(value) > 1), default=None)
+
+
+def is_hub_id(place: str) -> bool:
+    """Return whether a name has the form of a hub id; a relative path may have it, too."""
+    return HUB_ID_PATTERN.fullmatch(place) is not None
 
 
 def name_by_label(value: Any) -> Any:

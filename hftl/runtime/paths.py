@@ -5,16 +5,15 @@ A model or dataset is a folder or file, `package:<import name>/<path>`, or a hub
 
 import importlib.util
 import os
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from hftl.config.section import is_hub_id
 from hftl.errors import HubError, RecipeError, format_error_line, is_disk_full
 
-HUB_ID_PATTERN = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 TABLE_FORMATS = {
     ".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl",
     ".parquet": "parquet", ".txt": "txt",
@@ -93,11 +92,6 @@ def is_local(place: str) -> bool:
     except RecipeError:
         return False
     return path is not None and path.exists()
-
-
-def is_hub_id(place: str) -> bool:
-    """Return whether a name has the form of a hub id; a relative path may have it, too."""
-    return HUB_ID_PATTERN.fullmatch(place) is not None
 
 
 def is_written_as_path(place: str) -> bool:
