@@ -34,7 +34,7 @@ from hftl.measure.gain import describe_adaptation_outcome
 from hftl.measure.record import AdaptSection, Gain, LadderRow, Record
 from hftl.measure.verdict import decide_verdict
 from hftl.models.source import find_source, hash_source_weights
-from hftl.pipeline.corpus_checks import check_corpora
+from hftl.pipeline.corpus_checks import MAX_ROWS, check_corpora
 from hftl.pipeline.objectives import warn_of_small_corpus
 from hftl.pipeline.pipeline import check_recipe
 from hftl.publish.checks import check_files
@@ -312,7 +312,9 @@ def test_adapt_stops_after_its_phase_and_takes_no_other_corpus(
     assert len(trained) == 1
 
 
-def test_check_warns_of_few_steps(tiny_model: Tiny, table: Path) -> None:
+def test_check_warns_of_few_steps(
+    tiny_model: Tiny, table: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def build(**settings: Any) -> Recipe:
         return parse(build_tree(tiny_model(), table, ADAPT | {"training": TINY | settings}))
 
@@ -325,6 +327,8 @@ def test_check_warns_of_few_steps(tiny_model: Tiny, table: Path) -> None:
     (line,) = [line for line in lines if "held out, too few to choose weights by" in line]
     (stage,) = longer.stages
     assert not warn_of_small_corpus(stage, 10_000, 10)
+    monkeypatch.setitem(MAX_ROWS, "text", 5)
+    assert not check_corpora(longer, bench_of(longer)), "the rows that are not read count, too"
 
 
 # What is published

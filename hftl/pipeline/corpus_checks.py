@@ -15,6 +15,8 @@ from hftl.pipeline.run import Run
 
 MAX_ROWS = {"text": 20_000, "image": 500}
 """Rows of a table without labels that are read before a run: seconds. Of a larger one the first."""
+MANY_ROWS = 10**9
+"""Stands for the number of rows of a corpus that is read in part: it is not too small."""
 
 
 def check_corpora(recipe: Recipe, context: ExperimentContext) -> list[str]:
@@ -40,8 +42,7 @@ def check_corpora(recipe: Recipe, context: ExperimentContext) -> list[str]:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         run = Run(recipe, Path(folder), print)
         for stage in stages:
-            rows = MAX_ROWS[context.prepared.modality]
-            held_out = rows
+            rows = held_out = MANY_ROWS
             if whole[select_part(data, stage)] and whole.get("general", True):
                 corpus = build_corpus(run, context, stage)
                 check_corpus(recipe, context, stage, corpus)
