@@ -173,6 +173,15 @@ def test_one_process_answers_requests_until_one_fails(monkeypatch: pytest.Monkey
         assert not process.is_waiting
 
 
+def test_a_load_that_takes_too_long_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # The fixture of this file starts no process.
+    monkeypatch.setattr(load_process, "COMMAND", [sys.executable, "-c", "input(); input()"])
+    monkeypatch.setattr(load_process, "LOAD_TIMEOUT_SECONDS", 0.2)
+    with load_process.prepare_loads() as process:
+        assert process is not None
+        assert process.load(["a"]).stderr == "it took more than 0.2 s"
+
+
 def test_the_script_answers_loads_as_they_are_computed_here(
     adapters: dict[str, Path], hub_cache: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],

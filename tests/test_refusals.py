@@ -49,6 +49,7 @@ REFUSED = {
     "retain={kl: {weight: heavy}}": ("'retain.kl.weight' must be a number or auto", "'heavy'"),
     "retain={kl: 5}": ("'retain.kl' must be a mapping, a list, each a mapping, or null", "keys"),
     "measure.seeds=3": ("from 0 to 4294967295, got 3", "Write seeds: [3]"),
+    "measure.seeds=-1": ("each a whole number from 0 to 4294967295, got -1", "Correct the value"),
     "measure.arms=scratch": ("'measure.arms' must be a list, each an arm's name", "[scratch]"),
     "measure.arms=[5]": ("'measure.arms.0' must be an arm's name, or one with its changes", ""),
     "measure.arms=[{full: 5}]": ("'measure.arms.0.full' must be a mapping, or null, got 5", ""),
@@ -75,4 +76,5 @@ def test_a_value_is_shown_as_yaml_and_cut() -> None:
         "null", "true", "[1, a]", "{a: null}", "'x'", "1e-09",
     ]  # fmt: skip
     assert len(show_value(list(range(100)))) == 60
+    assert "\n" not in show_value(["a\nb"]) + show_value({"a": "b: c\n"})
     assert show_value(Path("a")) == repr(Path("a"))

@@ -10,7 +10,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
@@ -20,7 +20,7 @@ from hftl.errors import RecipeError, suggest_closest
 
 TYPE_WORDS = {
     str: "a text", int: "a whole number", float: "a number", bool: "true or false",
-    list: "a list", dict: "a mapping", NoneType: "null",
+    list: "a list", tuple: "a list", dict: "a mapping", NoneType: "null",
 }  # fmt: skip
 MAX_SHOWN = 60
 """Characters of a value that are shown."""
@@ -77,7 +77,7 @@ def show_value(value: object) -> str:
             shown = yaml.safe_dump(value, default_flow_style=True, width=math.inf)
         except yaml.YAMLError:
             shown = repr(value)  # Of Python, which no recipe file holds.
-        shown = shown.removesuffix("...\n").strip()
+        shown = " ".join(shown.removesuffix("...\n").split())
     return shown if len(shown) <= MAX_SHOWN else f"{shown[: MAX_SHOWN - 3]}..."
 
 
@@ -122,8 +122,8 @@ def _suggest_choice(value: object, annotation: Any) -> str:
 def _choose_fix(key: str, value: object, annotation: Any) -> str:
     """Return what to do about a value of the wrong kind."""
     members = _list_members(annotation)
-    entries = [get_args(member)[0] for member in members if get_origin(member) is list]
-    if any(_takes(value, entry) for entry in entries):
+    lists = [member for member in members if get_origin(member) is list]
+    if any(_takes_entry(member, value) for member in lists):
         return f"Write {key.rsplit('.', 1)[-1]}: [{value}]"
     if str in members and isinstance(value, bool | int | float):
         return f"Put it in quotes: '{show_value(value)}'"
@@ -133,13 +133,15 @@ def _choose_fix(key: str, value: object, annotation: Any) -> str:
     return "Correct the value"
 
 
-def _takes(value: object, annotation: Any) -> bool:
-    """Return whether a value is of a type of the annotation, or one of its choices."""
-    kinds = _list_members(annotation)
-    if isinstance(value, str):
-        return str in kinds or value in _iterate_choices(annotation)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and bool({int, float} & {*kinds})
+def _takes_entry(annotation: Any, value: object) -> bool:
+    """Return whether a list may hold a value as its only entry."""
+    if isinstance(value, bool | list | dict):
+        return False
+    try:
+        TypeAdapter(annotation).validate_python([value])
+    except ValidationError:
+        return False
+    return True
 
 
 def _list_keys(finding: ErrorDetails, tree: Mapping[str, Any]) -> list[str | int]:

@@ -31,7 +31,13 @@ class LoadProcess(WaitingReload):
     def _ask(self, request: dict[str, Sequence[str]]) -> CompletedProcess[str]:
         requests, answers = self._process.stdin, self._process.stdout
         assert requests is not None and answers is not None
-        timer = threading.Timer(LOAD_TIMEOUT_SECONDS, self._process.kill)
+        is_late = threading.Event()
+
+        def end() -> None:
+            is_late.set()
+            self._process.kill()
+
+        timer = threading.Timer(LOAD_TIMEOUT_SECONDS, end)
         timer.start()
         answer = ""
         with suppress(BrokenPipeError):  # It has ended: its code and its last words say why.
@@ -43,7 +49,9 @@ class LoadProcess(WaitingReload):
             return CompletedProcess(COMMAND, 0, answer, "")
         code = self._process.wait()
         self._errors.seek(0)
-        return CompletedProcess(COMMAND, code or 1, "", self._errors.read())
+        late = f"it took more than {LOAD_TIMEOUT_SECONDS} s"
+        words = late if is_late.is_set() else self._errors.read()
+        return CompletedProcess(COMMAND, code or 1, "", words)
 
 
 @contextmanager
