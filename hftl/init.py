@@ -251,7 +251,7 @@ def _fill_template(
     pooling: str,
 ) -> str:  # fmt: skip
     in_all = guess.task in TASKS_WITHOUT_CLASS_SHOTS
-    rows = max(1, round(TRAIN_SHARE * counts.rows))
+    rows = max(1, round(TRAIN_SHARE * counts.usable))
     labels = rows if in_all else max(1, round(rows / max(1, len(counts.names))))
     is_table = data.is_file() and guess_format(data) == "csv"
     text = TEMPLATE.format(

@@ -295,10 +295,11 @@ def test_labels_are_counted_as_check_names_them_and_other_columns_are_named(
          r"1 row cannot be used and is left out \(data.bad_rows: skip\).*line 2: text is empty"),
         (columns(text=["a\0b", *TEXTS[1:]], label=LABELS), "line 2: text is binary, not text"),
         (columns(text=TEXTS, label=["high", *SCORES[1:]]), "the target 'high' is not a number"),
+        (columns(text=TEXTS, label=[*LABELS[:10], *[""] * 30]), "30 rows cannot be used and are"),
         (columns(text=TEXTS, label=["1", "good"] * 20), "some classes are numbers, such as '1'"),
     ],
     ids=["few", "unique", "many", "onehot", "joined", "missing", "lacking", "binary", "word",
-         "mixed"],
+         "labelled in part", "mixed"],
 )  # fmt: skip
 def test_what_may_not_be_meant_is_warned_of(
     rows: list[dict[str, Any]], doubt: str, tmp_path: Path

@@ -185,8 +185,8 @@ def _refuse_decimal_commas(name: str, column: str, values: list[object]) -> None
         point = commas[0].replace(",", ".")
         raise DataError(
             f"{name}: the column {column!r} holds numbers with a comma, such as {commas[0]!r}",
-            f"Write decimals with a point, as {point}; for several labels a row give a column of "
-            "lists (.jsonl, .parquet)",
+            f"Write decimals with a point, as {point}, and thousands without a comma; for several "
+            "labels a row give a column of lists (.jsonl, .parquet)",
         )
 
 

@@ -41,13 +41,27 @@ class LabelCounts:
     """Count the labels of all rows, by class, and the rows that `hftl check` would refuse."""
 
     rows: int = 0
+    unlabelled: int = 0
     bad: BadRows = field(default_factory=lambda: BadRows(skip=True))
     names: Counter[str] = field(default_factory=Counter[str])
 
     @property
+    def usable(self) -> int:
+        """Return the number of rows that are not left out."""
+        return self.rows - self.bad.count
+
+    @property
     def per_class(self) -> float:
         """Return the mean number of rows of a class."""
-        return self.rows / max(1, len(self.names))
+        return self.usable / max(1, len(self.names))
+
+    @property
+    def has_many_faults(self) -> bool:
+        """Return whether of the rows with a label more cannot be used than may be left out.
+
+        Rows without one are no fault of the guess: texts are often labelled in part.
+        """
+        return self.bad.count - self.unlabelled > MAX_BAD * (self.rows - self.unlabelled)
 
 
 def read_guessed_table(data: Path) -> tuple[ColumnGuess, LabelCounts]:
@@ -67,7 +81,7 @@ def read_guessed_table(data: Path) -> tuple[ColumnGuess, LabelCounts]:
     guess = guess_columns(data.name, [raw.values for raw in rows], folder)
     counts = _count_labels(data, guess, chain(rows, sound))
     bad.refuse(data)
-    if counts.bad.count > MAX_BAD * counts.rows:
+    if counts.has_many_faults:
         BadRows(fix=bad.fix, count=counts.bad.count, dropped=counts.bad.dropped).refuse(data)
     _check_classes(data, guess, counts)
     return guess, counts
@@ -101,6 +115,7 @@ def _count_labels(data: Path, guess: ColumnGuess, raws: Iterable[RawRow]) -> Lab
             fault = f"{guess.inputs[0]} is empty"
         if fault:
             counts.bad.note(raw.where, fault)
+            counts.unlabelled += not is_given(raw.values.get(guess.label))
         elif guess.task != "regression":
             classes = list_classes(parse_label(raw.values, guess.label, guess.task))
             counts.names.update(classes)
@@ -144,9 +159,10 @@ def _check_classes(data: Path, guess: ColumnGuess, counts: LabelCounts) -> None:
 
 def list_doubts(guess: ColumnGuess, counts: LabelCounts) -> Iterator[str]:
     """Yield a sentence for each thing about the rows and labels that may not be as it was meant."""
-    if counts.rows < FEW_ROWS:
+    usable = counts.usable
+    if usable < FEW_ROWS:
         yield (
-            f"{count_noun(counts.rows, 'row')} {choose_verb(counts.rows, 'is')} few, of which a "
+            f"{count_noun(usable, 'row')} {choose_verb(usable, 'is')} few, of which a "
             "fifth each is for validation and test; a few hundred are better"
         )
     if counts.bad.count:
@@ -170,8 +186,8 @@ def _list_class_doubts(guess: ColumnGuess, counts: LabelCounts) -> Iterator[str]
         return
     if counts.per_class < FEW_CLASS_ROWS:
         yield (
-            f"{classes} classes on {counts.rows} rows are fewer than {FEW_CLASS_ROWS} rows a class;"
-            f" is {guess.label} what is to be predicted?"
+            f"{classes} classes on {counts.usable} rows are fewer than "
+            f"{FEW_CLASS_ROWS} rows a class; is {guess.label} what is to be predicted?"
         )
     yield from find_doubtful_names(counts.names)
     if guess.beside:
