@@ -389,7 +389,9 @@ def _measure_influence(counts: np.ndarray, share: np.ndarray, middle: np.ndarray
     """
     ratios = np.divide(share, middle, out=np.ones_like(share), where=share > 0)
     slopes = np.log2(ratios) / 2
-    return counts @ (slopes - share @ slopes) / max(float(counts.sum()), 1.0)
+    # Of the counts' type: their copy in 64 bits would be the largest array of all.
+    moves = (slopes - share @ slopes).astype(counts.dtype)
+    return counts @ moves / max(float(counts.sum()), 1.0)
 
 
 def _find_frequent_words(texts: list[list[str]]) -> set[str]:
