@@ -36,6 +36,7 @@ from hftl.card.markdown import (
 )
 from hftl.card.plots import plot_ladder
 from hftl.data.normalization import JOINERS
+from hftl.errors import RunFolderError
 from hftl.measure.error_analysis import ClassScore, ErrorAnalysis, Mistake
 from hftl.measure.record import Record
 
@@ -80,8 +81,14 @@ def _labels(record: dict[str, Any], payload: str) -> None:
 
 
 def _dataset(record: dict[str, Any], payload: str) -> None:
-    record["data"]["name"] = record["recipe"]["data"]["train"]["path"] = payload
-    record["recipe"]["data"]["general"]["path"] = payload
+    record["data"]["name"] = payload
+    for table in ("train", "general"):
+        record["recipe"]["data"][table]["path"] = _replace_surrogates(payload)
+
+
+def _replace_surrogates(payload: str) -> str:
+    """Return the payload as a name of a recipe, which takes no half of a character."""
+    return payload.encode("utf-8", "replace").decode()
 
 
 def _columns(record: dict[str, Any], payload: str) -> None:
@@ -95,7 +102,7 @@ def _columns(record: dict[str, Any], payload: str) -> None:
 
 
 def _recipe(record: dict[str, Any], payload: str) -> None:
-    record["recipe"]["source"] |= {"model": payload, "revision": payload}
+    record["recipe"]["source"]["model"] = _replace_surrogates(payload)
     record["recipe"]["finetune"]["training"]["optim_args"] = payload
     record["source"] |= {"model": payload, "name": payload, "published_as": payload,
                          "revision": payload}  # fmt: skip
@@ -213,6 +220,18 @@ def test_payload_is_inert(payload: str, place: str) -> None:
     assert shape(card) == plain_shape(place)
     assert counts[0]["a"] == counts[1]["a"] == int("base_model" in front) and counts[0]["img"] == 2
     assert counts[1]["details"] == 2 and counts[0]["h1"] == 1
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "payload"),
+    [("source", "revision", "{{ 7*7 }}"), ("source", "revision", "nul\x00nul"),
+     ("source", "model", "\ud800half"), ("data", "train", "\ud800half")],
+)  # fmt: skip
+def test_a_recipe_refuses_names_that_can_be_none(section: str, key: str, payload: str) -> None:
+    record = copy.deepcopy(BASE)
+    record["recipe"][section][key] = {"path": payload} if key == "train" else payload
+    with pytest.raises(RunFolderError, match=rf"recipe\.{section}\.{key}"):
+        render(record)
 
 
 @pytest.mark.parametrize("payload", PAYLOADS, ids=range(len(PAYLOADS)))

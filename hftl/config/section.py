@@ -14,7 +14,7 @@ MAX_WEIGHT = 1e12
 MIN_TEMPERATURE = 1e-6
 """The least that cosines or logits are divided by: far less overflows in 32 bits."""
 HUB_ID_PATTERN = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-REVISION_PATTERN = re.compile(r"[A-Za-z0-9][\w./-]*", re.ASCII)
+REVISION_PATTERN = re.compile(r"\w[\w./+@#=,-]*", re.ASCII)
 NUMBERS = (int, float, int | None, float | None)
 """Types of keys that hold a number."""
 NOT_A_NUMBER = "not_a_number"
