@@ -194,8 +194,11 @@ def test_a_text_itself_is_a_table_of_one_row(
     text = predict_table.predict_table("run", "A good, clever film.", None)
     assert text is not None
     assert text.splitlines()[1:] == ['"A good, clever film.",good,0.75,0.25,0.75']
-    predict_table.predict_table("run", "dull, dull", tmp_path / "out.jsonl")
-    assert [row["label"] for row in read_back(tmp_path / "out.jsonl")] == ["bad"]
+    said: list[str] = []
+    for text in ("dull, dull", "dull as data.csv"):
+        predict_table.predict_table("run", text, tmp_path / "out.jsonl", say=said.append)
+        assert [row["label"] for row in read_back(tmp_path / "out.jsonl")] == ["bad"]
+    assert said == [f"text: {text!r} is no file that is there, and is read as a text itself"]
 
 
 @pytest.mark.parametrize("data", ["", " \n"])

@@ -58,10 +58,15 @@ def is_literal_text(data: str) -> bool:
         return False
     if folder.strip("/") and name[:1].strip() and os.path.exists(folder):
         return False
-    if Path(words[-1]).suffix.lower() not in FILE_SUFFIXES:
+    if not ends_as_file(data):
         return True
     # A sentence may end in a file's name, and a file's name may be of several words.
     return len(words) > 2 and not folder and not difflib.get_close_matches(name, os.listdir())
+
+
+def ends_as_file(data: str) -> bool:
+    """Return whether an input's last word ends as the names of tables and pictures do."""
+    return Path(data.split()[-1]).suffix.lower() in FILE_SUFFIXES
 
 
 def _check_input(data: Path, output: Path | None) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hftl.data.encodings import BAD_BYTE, advise_on_encoding
 from hftl.errors import DataError, RecipeError
-from hftl.inference.arguments import check_predict_arguments, is_literal_text
+from hftl.inference.arguments import check_predict_arguments, ends_as_file, is_literal_text
 from hftl.inference.input_table import (
     InputTable,
     build_text_table,
@@ -50,7 +50,8 @@ def predict_table(
         output: a .csv, .jsonl or .parquet file; None returns CSV text.
         base: the adapter's base, where it is not the one it names.
         prior: `auto` or a file, to correct for other shares of classes: `correct_predictions`.
-        say: receives a line on what was corrected, on what a coverage rests on, and on bad rows.
+        say: receives a line on what was corrected, on what a coverage rests on, on bad rows, and on
+            a text that ends as a file's name does.
         coverage: of the sets of classes, or intervals of numbers, that are predicted too.
         bad_rows: refuse or skip; None is as the model's recipe says.
 
@@ -62,6 +63,8 @@ def predict_table(
     """
     check_predict_arguments(data, output, prior, coverage)
     is_text = is_literal_text(str(data))
+    if is_text and ends_as_file(str(data)):
+        say(f"text: {str(data)!r} is no file that is there, and is read as a text itself")
     predictor = load(model, base)
     skips = not is_text and (bad_rows or predictor.bad_rows) == "skip"
     table = (build_text_table(str(data), predictor) if is_text

@@ -13,7 +13,7 @@ from hftl.pipeline.corpora import build_corpus, select_part
 from hftl.pipeline.objectives import check_corpus, warn_of_small_corpus
 from hftl.pipeline.run import Run
 
-MAX_ROWS = {"text": 20_000, "image": 500}
+MAX_ROWS = {"text": 5_000, "image": 200}
 """Rows of a table without labels that are read before a run: seconds. Of a larger one the first."""
 MANY_ROWS = 10**9
 """Stands for the number of rows of a corpus that is read in part: it is not too small."""
