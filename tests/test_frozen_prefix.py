@@ -1,6 +1,7 @@
 """Compare trainings whose frozen blocks run once a row with trainings that run them every time."""
 
 import errno
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -134,10 +135,11 @@ def test_training_evaluation_and_the_original_of_kl_read_the_same_rows(
     made = make_context(bert, reviews, LORA_TOP | {"training": training}, max_length=16)
     first = train(made, "auto", tmp_path, retention=Retention([KLToOriginal(0.5, anchors=8)]))
     assert sum(rows) == 80 and first.timings["cached_blocks"] == 2
-    partial = make_context(bert, reviews, PARTIAL | {"training": training}, max_length=16)
+    copy = shutil.copytree(bert, tmp_path / "elsewhere")
+    partial = make_context(copy, reviews, PARTIAL | {"training": training}, max_length=16)
     uncached_kl = Retention([KLToOriginal(0.5, anchors=8, cached=False)])
     train(partial, "auto", tmp_path, retention=uncached_kl, seed=1)
-    assert sum(rows) == 80, "another arm and seed reads what the first has stored"
+    assert sum(rows) == 80, "another arm, seed and place reads what the first has stored"
     assert passes == [0, 0]
     again = train(made, "auto", tmp_path, retention=Retention([KLToOriginal(0.5, anchors=8)]))
     assert again.facts == first.facts, "a later run is the same to the last digit"

@@ -56,8 +56,10 @@ TOLERANCE = 1e-3
 """How far logits may be apart, as a share of the largest; on most encoders they are equal."""
 WRITE_SPEED = 3e8
 """Bytes a second that a disk is expected to write."""
-LABEL_KEYS = ("id2label", "label2id", "num_labels", "problem_type", "transformers_version")
-"""Keys of a config that no block reads."""
+UNREAD_KEYS = (
+    "_name_or_path", "id2label", "label2id", "num_labels", "problem_type", "transformers_version",
+)  # fmt: skip
+"""Keys of a config that no block reads; an adapted base may lie in a run folder that is moved."""
 
 
 @dataclass(frozen=True)
@@ -369,7 +371,7 @@ class FrozenPrefix:
             "blocks": depth,
             "weights": self._hash_below(depth),
             "class": type(self._encoder).__name__,
-            "config": fingerprint({k: v for k, v in keys.items() if k not in LABEL_KEYS}),
+            "config": fingerprint({k: v for k, v in keys.items() if k not in UNREAD_KEYS}),
             "attention": get_attention_implementation(config),
             "precision": precision,
             "device": self._context.device,
