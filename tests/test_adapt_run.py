@@ -331,6 +331,15 @@ def test_check_warns_of_few_steps(
     assert not check_corpora(longer, bench_of(longer)), "the rows that are not read count, too"
 
 
+def test_check_counts_the_pictures_of_a_corpus_that_it_reads_in_part(
+    image_folder: Path, tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MAX_ROWS, "image", 5)
+    recipe = parse(build_tree(tiny_model("dinov2"), image_folder, MAE))
+    (line,) = check_corpora(recipe, bench_of(recipe))
+    assert "mae" in line and "optimizer step" in line
+
+
 # What is published
 
 

@@ -1,5 +1,6 @@
 """Find every planted defect under its kind, and none in sound adapters."""
 
+import errno
 import io
 import json
 import shutil
@@ -24,7 +25,7 @@ from support.planted_defects import (
 )  # fmt: skip
 from support.tiny import tiny_tokenizer
 
-from hftl.doctor import load_once, load_process
+from hftl.doctor import load_check, load_once, load_process
 from hftl.doctor.adapter_folder import Finding
 from hftl.doctor.checks import examine_adapter
 from hftl.doctor.report import _format_findings, format_report
@@ -180,6 +181,19 @@ def test_a_load_that_takes_too_long_says_so(monkeypatch: pytest.MonkeyPatch) -> 
     with load_process.prepare_loads() as process:
         assert process is not None
         assert process.load(["a"]).stderr == "it took more than 0.2 s"
+
+
+def test_a_process_that_the_system_refuses_is_no_fault_of_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # The fixture of this file starts no process.
+
+    def refuse() -> None:
+        raise BlockingIOError(errno.EAGAIN, "no process is left")
+
+    monkeypatch.setattr(load_check, "LoadProcess", refuse)
+    with pytest.raises(BlockingIOError):
+        load_check.predict_in_fresh_process(tmp_path, tmp_path, "BertModel")
 
 
 def test_the_script_answers_loads_as_they_are_computed_here(

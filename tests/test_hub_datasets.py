@@ -2,16 +2,18 @@
 
 import io
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
+import huggingface_hub
 import pytest
 from PIL import Image
 
 from hftl.config.data import Data
 from hftl.data.load import load_rows
 from hftl.data.rows import BadRows, InputSpec
-from hftl.data.tables import load_hub_rows
+from hftl.data.tables import load_hub_rows, resolve_revision
 
 
 def serve(monkeypatch: pytest.MonkeyPatch, dataset: datasets.Dataset) -> list[dict[str, Any]]:
@@ -27,6 +29,16 @@ def serve(monkeypatch: pytest.MonkeyPatch, dataset: datasets.Dataset) -> list[di
         "hftl.data.tables.resolve_revision", lambda path, revision, key: revision or "0" * 40
     )
     return requests
+
+
+def test_splits_of_one_dataset_are_of_one_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    commits = iter("abc")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "dataset_info", lambda *_, **__: SimpleNamespace(sha=next(commits))
+    )
+    splits = [resolve_revision("org/pushed", None, f"data.{part}") for part in ("train", "test")]
+    assert splits == ["a", "a"]
 
 
 def section(**more: Any) -> Data:

@@ -49,6 +49,9 @@ GUESSES: dict[str, tuple[list[dict[str, Any]], list[str], str, str, str | None]]
     "premise": (columns(premise=TEXTS, hypothesis=TEXTS[::-1], label=LABELS),
                 ["premise", "hypothesis"], "label", CLASSES, None),
     "label named as a group": (columns(text=TEXTS, user=LABELS), ["text"], "user", CLASSES, None),
+    "group with gaps": (
+        columns(text=TEXTS, label=LABELS, user=["" if i == 7 else f"u{i}" for i in range(40)]),
+        ["text"], "label", CLASSES, None),
     "group": (columns(text=TEXTS, label=LABELS, document_id=[f"d{i // 4}" for i in range(40)]),
               ["text"], "label", CLASSES, "document_id"),
 }  # fmt: skip
@@ -389,3 +392,15 @@ def test_sentences_that_end_in_a_files_name_are_texts(tmp_path: Path) -> None:
     assert "text: text (by name)" in notes_of(rows, tmp_path)
     (tmp_path / names[0]).touch()
     assert guess_columns("t.csv", rows, tmp_path).kind == "image"
+
+
+def test_words_that_recur_among_codes_are_classes() -> None:
+    codes: list[object] = [250 + i % 60 / 100 for i in range(200)]
+    rows = [{"text": f"a long report {i}", "label": code} for i, code in enumerate(codes)]
+    assert guess_columns("t.csv", rows).task == "regression"
+    rows[0]["label"] = rows[9]["label"] = "n/a"
+    rows[5]["label"] = "unclear"
+    assert guess_columns("t.csv", rows).task == "regression", "rows that cannot be used"
+    for number in (20, 30, 40):
+        rows[number]["label"] = "V58"
+    assert guess_columns("t.csv", rows).task == CLASSES

@@ -180,6 +180,8 @@ def _descend(annotation: Any, key: str | int) -> tuple[Any, list[Any]]:
             field = member.model_fields.get(key) if isinstance(key, str) else None
             if field is not None:
                 return field.annotation, [field, *field.metadata]
+        elif get_origin(member) is Literal:
+            continue
         elif get_args(member) and isinstance(key, int) == (get_origin(member) is list):
             return _unwrap(get_args(member)[-1])
     return Any, []

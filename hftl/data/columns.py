@@ -1,12 +1,13 @@
 """Guess which columns of a table are the input, the label and the group, and what the task is."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 
-from hftl.data.normalization import DECIMAL_COMMA, normalize_name
+from hftl.data.normalization import DECIMAL_COMMA, is_missing_value, normalize_name
 from hftl.data.tables import IMAGE_SUFFIXES
 from hftl.errors import DataError
 
@@ -77,14 +78,19 @@ def guess_columns(
     if words:
         task = "token-classification"
     inputs = [image] if image else [words] if words else _guess_text_columns(name, others, label)
-    group = next(
-        (c for c in others if c.lower() in GROUP_NAMES and c not in (*inputs, label)), None
-    )
+    groups = [c for c in others if c.lower() in GROUP_NAMES and c not in (*inputs, label)]
+    group = next((c for c in groups if len(columns[c]) == len(rows)), None)
     kind = "image" if image else "text"
     named = len(inputs) > 1 or image or words or inputs[0].lower() in TEXT_NAMES
     notes = [f"{kind}: {' and '.join(inputs)} ({'by name' if named else 'the longest column'})"]
     if group:
         notes.append(f"group: {group}; its rows stay in one split")
+    elif groups:
+        lacking = len(rows) - len(columns[groups[0]])
+        notes.append(
+            f"group: none; {groups[0]} is empty in {lacking} of {len(rows)} rows, so that rows "
+            "that belong together may be on both sides of a split"
+        )
     unused = [c for c in columns if c not in (*inputs, label, group)]
     is_binary = _is_binary(columns[label])
     return ColumnGuess(
@@ -245,7 +251,11 @@ def _are_numbers(values: list[object]) -> bool:
 
 
 def _are_mostly_numbers(values: list[object]) -> bool:
-    """Return whether hardly any value is anything but a number, with a point or a comma."""
-    words = (v for v in values if _parse_number(v) is None)
-    count = sum(not DECIMAL_COMMA.fullmatch(str(value).strip()) for value in words)
-    return count <= MAX_WORDS * len(values)
+    """Return whether hardly any value is anything but a number, with a point or a comma.
+
+    A word that comes again and again, among classes that are codes, is a class.
+    """
+    texts = [str(value).strip() for value in values if _parse_number(value) is None]
+    words = Counter(text for text in texts if not DECIMAL_COMMA.fullmatch(text))
+    is_class = any(count > 2 and not is_missing_value(word) for word, count in words.items())
+    return not is_class and words.total() <= MAX_WORDS * len(values)

@@ -348,7 +348,6 @@ def _replace_class_ids(value: Any, names: list[str]) -> Any:
     return names[value] if isinstance(value, int) and 0 <= value < len(names) else None
 
 
-@cache
 def resolve_revision(path: str, revision: str | None, key: str) -> str | None:
     """Return the commit at which a Hub dataset is read; offline the given revision.
 
@@ -360,12 +359,20 @@ def resolve_revision(path: str, revision: str | None, key: str) -> str | None:
     Raises:
         HubError: if the Hub cannot be reached.
     """
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         return revision
     with paths.translate_hub_errors(path, "dataset", f"{key}: "):
-        return HfApi().dataset_info(path, revision=revision).sha
+        return _ask_for_commit(path, revision)
+
+
+@cache
+def _ask_for_commit(path: str, revision: str | None) -> str | None:
+    """Return the commit of a branch, the same for all splits: a push may come between them."""
+    from huggingface_hub import HfApi
+
+    return HfApi().dataset_info(path, revision=revision).sha
 
 
 def resolve_revisions(data: Data) -> dict[str, str | None]:

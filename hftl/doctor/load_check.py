@@ -8,6 +8,7 @@ takes most of the time.
 import json
 import shutil
 import tempfile
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from hftl.doctor.adapter_folder import (
     warning,
 )
 from hftl.doctor.adapter_tensors import IGNORED_SETTINGS, ModelBuildError, translate_build_errors
-from hftl.doctor.load_process import LoadProcess, prepare_loads
+from hftl.doctor.load_process import LoadProcess
 from hftl.errors import RecipeError, format_error_line
 from hftl.measure.record import PUBLISHED_FILE
 from hftl.models.architectures import get_config_spec
@@ -92,14 +93,13 @@ def predict_in_fresh_process(
 
     Raises:
         LoadFailedError: if it ends with an error, or not at all.
+        OSError: if the system starts no process, which is no fault of the folder.
     """
     arguments = [str(clean), str(base), name, *map(str, SEEDS)]
     if process is not None and process.is_waiting:
         done = process.load(arguments)
     else:
-        with prepare_loads() as started:
-            if started is None:
-                raise LoadFailedError("the system starts no process for it")
+        with closing(LoadProcess()) as started:
             done = started.load(arguments)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]

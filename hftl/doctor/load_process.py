@@ -38,13 +38,16 @@ class LoadProcess(WaitingReload):
             self._process.kill()
 
         timer = threading.Timer(LOAD_TIMEOUT_SECONDS, end)
+        timer.daemon = True  # The end of this process, such as by a signal, does not wait for it.
         timer.start()
         answer = ""
-        with suppress(BrokenPipeError):  # It has ended: its code and its last words say why.
-            requests.write(json.dumps(request) + "\n")
-            requests.flush()
-            answer = answers.readline()
-        timer.cancel()
+        try:
+            with suppress(BrokenPipeError):  # It has ended: its code and its last words say why.
+                requests.write(json.dumps(request) + "\n")
+                requests.flush()
+                answer = answers.readline()
+        finally:
+            timer.cancel()
         if answer:
             return CompletedProcess(COMMAND, 0, answer, "")
         code = self._process.wait()

@@ -7,6 +7,7 @@ from pathlib import Path
 from hftl.config.recipe import Recipe
 from hftl.data.load import load_images, read_documents
 from hftl.data.rows import BadRows
+from hftl.data.splits import MEASURED_SPLITS
 from hftl.finetune.build_context import infer_input_spec, pin_revisions
 from hftl.finetune.context import ExperimentContext
 from hftl.pipeline.corpora import build_corpus, select_part
@@ -43,10 +44,16 @@ def check_corpora(recipe: Recipe, context: ExperimentContext) -> list[str]:
         run = Run(recipe, Path(folder), print)
         for stage in stages:
             rows = held_out = MANY_ROWS
-            if whole[select_part(data, stage)] and whole.get("general", True):
+            part = select_part(data, stage)
+            if whole[part] and whole.get("general", True):
                 corpus = build_corpus(run, context, stage)
                 check_corpus(recipe, context, stage, corpus)
                 rows, held_out = len(corpus.train), len(corpus.held_out)
+            elif stage.objective == "mae" and part == "train" and data.task is not None:
+                # These have been read, and each trains: texts may be joined into fewer blocks.
+                splits = ("train", *MEASURED_SPLITS) if stage.transductive else ("train",)
+                pictures = sum(len(context.prepared.rows[split]) for split in splits)
+                rows = round((1 - stage.held_out) * pictures)
             warnings += warn_of_small_corpus(stage, rows, held_out)
     return warnings
 
