@@ -1,6 +1,7 @@
 """Import the libraries without garbage collections."""
 
 import gc
+from functools import cache
 
 
 def pause_collections() -> None:
@@ -18,6 +19,11 @@ def freeze_imports() -> None:
     accelerate collects at the end of every training, and the interpreter at its own end: each would
     walk through all objects of torch and transformers, for 0.3 s and for 1 s.
     """
-    if gc.get_freeze_count() == 0:
-        gc.freeze()
+    _freeze_once()
     gc.enable()
+
+
+@cache
+def _freeze_once() -> None:
+    """Freeze what is there; to ask whether it is frozen would count it, for 0.1 s a command."""
+    gc.freeze()
