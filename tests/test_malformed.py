@@ -264,6 +264,9 @@ TABLES: dict[str, tuple[str, bytes, str, dict[str, Any]]] = {
                     "a.jsonl line 13", {}),
     "a truncated parquet": ("a.parquet", as_parquet(text=TEXTS, label=LABELS)[:-40],
                             "a.parquet: not valid Parquet", {}),
+    "a parquet whose column has a name that is no UTF-8": (
+        "a.parquet", as_parquet(text=TEXTS, label=LABELS).replace(b"text", b"\xf4ext"),
+        "a.parquet: not valid Parquet", {}),
     "half a parquet": ("a.parquet", as_parquet(text=TEXTS, label=LABELS)[:100], "a.parquet", {}),
     "a parquet whose text is no UTF-8": (
         "a.parquet", (lambda b: b.replace(TEXTS[0].encode()[:3], b"\xee\xff\xfe", 1))(

@@ -90,7 +90,7 @@ def read_parquet(path: Path) -> Iterator[RawRow]:
     # Of metadata that are not what they say pyarrow raises OSError without a number of the system.
     try:
         file = pyarrow.parquet.ParquetFile(path)
-    except (ArrowInvalid, OSError) as error:
+    except (ArrowInvalid, OSError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         message = format_error_line(error)
