@@ -1,9 +1,13 @@
 """Tell folder, file, package and Hub id apart, without network and without importing."""
 
+from itertools import product
 from pathlib import Path
 
 import pytest
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
+from hftl.config.section import is_hub_id
 from hftl.errors import RecipeError
 from hftl.runtime.paths import (
     explain_missing_path,
@@ -44,6 +48,24 @@ def test_impossible_hub_id_is_a_path(place: str) -> None:
     result = resolve_local_path(place, "source.model")
     assert result is not None
     assert not result.exists()
+
+
+def is_valid_repo_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def test_a_hub_id_is_what_the_hubs_own_library_takes() -> None:
+    names = ["".join(parts) for size in range(6) for parts in product("a_-./", repeat=size)]
+    names += [f"{start}.git{end}" for start, end in product(("", "a", "a/b"), ("", "a", "/b"))]
+    names += [f"{'a' * n}/{'b' * m}" for n, m in product((95, 96, 97), repeat=2)]
+    names += ["a b", "a\n", "a\\b", "~/a", "C:a", "a@b"]
+    taken = [name for name in names if is_hub_id(name)]
+    assert taken == [name for name in names if is_valid_repo_id(name)] and len(taken) > 100
+    assert not is_hub_id("modèle/café")
 
 
 @pytest.mark.parametrize("place", ["reviews.csv", "data/reviews.jsonl", "a.PARQUET", "a/b.tsv"])

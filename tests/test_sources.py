@@ -11,12 +11,12 @@ from typer.testing import CliRunner
 
 from hftl.cli import SourceField, SourceModality, app
 from hftl.config.recipe import Recipe
+from hftl.config.section import is_hub_id
 from hftl.errors import RecipeError
 from hftl.init import write_recipe
 from hftl.models import known_sources
 from hftl.models.architectures import ARCHITECTURES, READ_AS, UNHEADED
 from hftl.models.known_sources import list_known_sources, suggest_known_source
-from hftl.runtime.paths import is_hub_id
 
 SOURCES = list_known_sources()
 FIELDS, MODALITIES = get_args(known_sources.SourceField), get_args(known_sources.SourceModality)

@@ -28,7 +28,6 @@ from hftl.card.snippets import (
     render_pipeline_snippet,
     render_plain_snippet,
 )
-from hftl.card.validation import is_hub_id
 from hftl.card.wording import (
     PICTURE_EXAMPLE,
     TASK_PHRASES,
@@ -46,6 +45,7 @@ from hftl.card.wording import (
     is_pooled,
     name_surety,
 )
+from hftl.config.section import is_hub_id
 from hftl.finetune.strategies import PROBE_ARM
 from hftl.measure.metrics import describe_metric
 from hftl.measure.record import Forced, Gain, LadderRow, Record, Verdict

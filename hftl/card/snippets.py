@@ -3,8 +3,8 @@
 import json
 from dataclasses import dataclass
 
-from hftl.card.validation import is_hub_id
 from hftl.config.data import TEXT_PLACE
+from hftl.config.section import is_hub_id
 from hftl.models.architecture_spec import TOKEN_CLASSIFICATION
 from hftl.models.architectures import ARCHITECTURES, READ_AS, UNHEADED
 from hftl.models.quantization import list_whole_modules

@@ -6,10 +6,8 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult
-from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import model_index_to_eval_results
-from huggingface_hub.utils import validate_repo_id
 from pydantic import BaseModel, ConfigDict, Field
 
 from hftl.config.publish import (
@@ -19,6 +17,7 @@ from hftl.config.publish import (
     PIPELINE_TAGS,
     REGIONAL_LANGUAGE_CODE,
 )
+from hftl.config.section import is_hub_id
 from hftl.errors import format_error_line
 
 PLACEHOLDER = re.compile(r"\[?more information needed\]?", re.IGNORECASE)
@@ -66,15 +65,6 @@ def validate_card(text: str) -> list[str]:
     )
     findings = [problem for check in checks for problem in check(front)]
     return findings + _check_text(text)
-
-
-def is_hub_id(text: str) -> bool:
-    """Return whether the hub may have something of that name; a path on a machine is none."""
-    try:
-        validate_repo_id(text)
-    except HFValidationError:
-        return False
-    return True
 
 
 def _parse_metadata(text: str) -> tuple[FrontMatter | None, str]:

@@ -3,7 +3,7 @@ forgetting, each in one place."""
 
 from hftl.adapt.facts import AdaptStage, LossChange
 from hftl.card.markdown import escape_markup, format_code
-from hftl.card.validation import is_hub_id
+from hftl.config.section import is_hub_id
 from hftl.finetune.strategies import STRATEGIES
 from hftl.measure.facts import Estimate
 from hftl.measure.forgetting_facts import (

@@ -13,7 +13,10 @@ MAX_WEIGHT = 1e12
 """The largest weight of a term of the loss: far more overflows in 32 bits."""
 MIN_TEMPERATURE = 1e-6
 """The least that cosines or logits are divided by: far less overflows in 32 bits."""
-HUB_ID_PATTERN = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+HUB_ID_PATTERN = re.compile(
+    r"(?!.*(--|\.\.|\.git\Z))(\b[\w.-]{1,96}\b/)?\b[\w.-]{1,96}\b", re.ASCII
+)
+"""What `huggingface_hub.utils.validate_repo_id` takes, whose import is slow; of ASCII alone."""
 REVISION_PATTERN = re.compile(r"\w[\w./+@#=,-]*", re.ASCII)
 NUMBERS = (int, float, int | None, float | None)
 """Types of keys that hold a number."""
@@ -43,7 +46,7 @@ def find_repeated(values: Sequence[Any]) -> Any:
 
 
 def is_hub_id(place: str) -> bool:
-    """Return whether a name has the form of a hub id; a relative path may have it, too."""
+    """Return whether the hub may have something of that name; so a relative path may read, too."""
     return HUB_ID_PATTERN.fullmatch(place) is not None
 
 

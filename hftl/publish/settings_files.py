@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Self
 
+from hftl.config.section import is_hub_id
 from hftl.errors import RunFolderError
 from hftl.runtime import paths
 from hftl.runtime.run_folder import UnreadableJsonError, read_json
@@ -121,7 +122,7 @@ class AdapterConfig(SettingsFile):
     def base_hub_id(self) -> str | None:
         """Return the base's name where it reads as a hub id."""
         name = self.base_name
-        return name if name and paths.is_hub_id(name) else None
+        return name if name and is_hub_id(name) else None
 
     @property
     def revision(self) -> str | None:
