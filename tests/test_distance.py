@@ -24,14 +24,13 @@ from hftl.analysis.distance import (
     compute_frechet,
     compute_mmd,
     compute_shared_variance,
-    compute_word_divergence,
-    compute_word_overlap,
     extrapolate_frechet,
 )
 from hftl.analysis.domains import compare_domains, find_size_fault, refuse_too_few
 from hftl.analysis.facts import DistanceAnalysis
 from hftl.analysis.out_of_fold import fit_folds
 from hftl.analysis.probe import Probe
+from hftl.analysis.word_distance import compute_word_divergence, compute_word_overlap
 from hftl.data.rows import Row
 from hftl.errors import DataError
 

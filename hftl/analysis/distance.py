@@ -3,12 +3,11 @@
 All take (rows, width) features of as many rows on both sides, in an order that means nothing.
 """
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import ndtr, rel_entr
+from scipy.special import ndtr
 
 from hftl.analysis.out_of_fold import fit_folds, predict_folds
 from hftl.analysis.probe import Probe
@@ -26,8 +25,6 @@ BLOCKS = 20
 """Blocks of the jackknife."""
 THRESHOLDS = 101
 """Of a classifier, that are tried: quantiles of its scores."""
-MAX_WORDS = 10_000
-"""The most frequent words whose overlap counts (Gururangan et al. 2020, arXiv:2004.10964)."""
 
 
 class Distance(NamedTuple):
@@ -201,7 +198,7 @@ def compute_mmd(
     members = np.stack([own, *(rng.permutation(sides[0])[clusters] for _ in range(permutations))])
     values = _estimate_mmd(kernel, counted, members, 1 - members)
     p_value = float((1 + np.sum(values[1:] >= values[0])) / (1 + permutations))
-    units = _assign_units(rows, len(second), groups)
+    units = assign_units(rows, len(second), groups)
     blocks = assign_blocks(units, BLOCKS)
     left = blocks != np.arange(blocks.max() + 1)[:, None]
     without = _estimate_mmd(kernel, counted, left * own, left * (1 - own))
@@ -245,7 +242,7 @@ def _take_root_interval(value: float, error: MeanError) -> Distance:
     return Distance(value, ends[0] ** 2, ends[1] ** 2)
 
 
-def _assign_units(first: int, second: int, groups: np.ndarray | None) -> np.ndarray:
+def assign_units(first: int, second: int, groups: np.ndarray | None) -> np.ndarray:
     """Return an int for every row, first's before second's: rows of a group share theirs.
 
     Each side counts from 0, so that as many units of both are left out together.
@@ -285,7 +282,7 @@ def extrapolate_frechet(
     all rows less that of halves has none to first order; it may be negative.
     """
     rows = len(first)
-    units = _assign_units(rows, len(second), groups)
+    units = assign_units(rows, len(second), groups)
     # Of every block of the jackknife as many units are in each half.
     half = (units + units // BLOCKS) % 2
     halves = half[:rows], half[rows:]
@@ -301,17 +298,17 @@ def extrapolate_frechet(
         slope = (np.mean(parts) - whole) / (np.mean(inverses) - inverse)
         return float(whole - slope * inverse)
 
-    return _jackknife_distance(estimate, units, rows)
+    return jackknife_distance(estimate, units, rows)
 
 
-def _jackknife_distance(
+def jackknife_distance(
     estimate: Callable[[np.ndarray, np.ndarray], float], units: np.ndarray, rows: int
 ) -> Distance:
     """Return a distance with its interval over units.
 
     Args:
         estimate: maps row positions of the two samples to the distance.
-        units: see `_assign_units`.
+        units: see `assign_units`.
         rows: of the first sample.
     """
 
@@ -324,86 +321,3 @@ def _jackknife_distance(
     assert error is not None
     value = score(np.arange(len(units)))
     return Distance(value, *error.interval(value))
-
-
-# Words.
-
-
-def compute_word_overlap(
-    first: list[list[str]], second: list[list[str]], groups: np.ndarray | None = None
-) -> Distance:
-    """Return the share of the frequent words of one sample that are frequent in the other.
-
-    The interval is wider than need be: a block of the jackknife takes the words with it that occur
-    there alone, so that its variance is too large on average where these are many (Efron & Stein
-    1981, Annals of Statistics 9:586-596).
-
-    Args:
-        first: the words of each text.
-        second: the same.
-        groups: see `classify_domains`.
-    """
-
-    def estimate(left: np.ndarray, right: np.ndarray) -> float:
-        pairs = zip((first, second), (left, right), strict=True)
-        sides = [_find_frequent_words([side[i] for i in rows]) for side, rows in pairs]
-        return len(sides[0] & sides[1]) / max(1, min(map(len, sides)))
-
-    units = _assign_units(len(first), len(second), groups)
-    return _clip(_jackknife_distance(estimate, units, len(first)))
-
-
-def compute_word_divergence(
-    first: list[list[str]], second: list[list[str]], groups: np.ndarray | None = None
-) -> Distance:
-    """Return the Jensen-Shannon divergence of the words, in bits: 0 for equal, 1 for disjoint.
-
-    Of so many texts: it is above 0 for equal domains, by as much as words are rare. The interval is
-    by the delta method, of the divergence that as many other texts have on average.
-
-    Args:
-        first: the words of each text.
-        second: the same.
-        groups: see `classify_domains`.
-    """
-    vocabulary = {w: i for i, w in enumerate(sorted({w for t in [*first, *second] for w in t}))}
-    counts = [_count_words(side, vocabulary) for side in (first, second)]
-    shares = [side.sum(0, dtype=np.float64) / max(float(side.sum()), 1.0) for side in counts]
-    middle = (shares[0] + shares[1]) / 2
-    value = sum(float(rel_entr(share, middle).sum()) for share in shares) / (2 * np.log(2))
-    influence = [
-        _measure_influence(side, share, middle)
-        for side, share in zip(counts, shares, strict=True)
-    ]  # fmt: skip
-    units = _assign_units(len(first), len(second), groups)
-    by_unit = np.bincount(units, np.concatenate(influence))
-    error = estimate_item_error(by_unit * len(by_unit), np.bincount(units))
-    assert error is not None
-    return _clip(Distance(value, *error.interval(value)))
-
-
-def _measure_influence(counts: np.ndarray, share: np.ndarray, middle: np.ndarray) -> np.ndarray:
-    """Return how far each text moves the divergence, to first order, (texts,).
-
-    It changes by log2(p / m) / 2 for a change of a word's share p, m that of both samples.
-    """
-    ratios = np.divide(share, middle, out=np.ones_like(share), where=share > 0)
-    slopes = np.log2(ratios) / 2
-    # Of the counts' type: their copy in 64 bits would be the largest array of all.
-    moves = (slopes - share @ slopes).astype(counts.dtype)
-    return counts @ moves / max(float(counts.sum()), 1.0)
-
-
-def _find_frequent_words(texts: list[list[str]]) -> set[str]:
-    return {w for w, _ in Counter(w for text in texts for w in text).most_common(MAX_WORDS)}
-
-
-def _count_words(texts: list[list[str]], vocabulary: dict[str, int]) -> np.ndarray:
-    counts = np.zeros((len(texts), len(vocabulary)), dtype=np.float32)
-    for row, text in enumerate(texts):
-        np.add.at(counts[row], [vocabulary[word] for word in text], 1)
-    return counts
-
-
-def _clip(distance: Distance) -> Distance:
-    return Distance(distance.value, max(0.0, distance.low), min(1.0, distance.high))

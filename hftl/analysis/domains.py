@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hftl.analysis import distance
+from hftl.analysis import distance, word_distance
 from hftl.analysis.distance import Distance
 from hftl.analysis.facts import DistanceAnalysis, DomainFacts, DomainPair, Estimate, SiteFacts
 from hftl.analysis.feature_store import FeatureStore, describe_provenance
@@ -224,7 +224,7 @@ def _describe(domain: Domain, context: ExperimentContext) -> DomainFacts:
         pieces_per_word=_count_pieces(domain.rows, context),
         null_a_distance=distance.classify_domains(*features, groups).a_distance.value,
         null_frechet=_compute_frechet(*features, groups).value,
-        null_word_divergence=distance.compute_word_divergence(first, second, groups).value
+        null_word_divergence=word_distance.compute_word_divergence(first, second, groups).value
         if words
         else None,
     )
@@ -265,8 +265,8 @@ def _compare(a: Domain, b: Domain, context: ExperimentContext) -> DomainPair:
     overlap = divergence = None
     if not isinstance(context.inputs, ImageInputs):
         own, other = (_split_words(side.rows[:count]) for side in (a, b))
-        overlap = _estimate(distance.compute_word_overlap(own, other, groups))
-        divergence = _estimate(distance.compute_word_divergence(own, other, groups))
+        overlap = _estimate(word_distance.compute_word_overlap(own, other, groups))
+        divergence = _estimate(word_distance.compute_word_divergence(own, other, groups))
     return DomainPair(
         first=a.name,
         second=b.name,
