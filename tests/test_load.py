@@ -9,7 +9,8 @@ import pytest
 from hftl.config.data import Data
 from hftl.data.encodings import HALF_CHARACTER
 from hftl.data.facts import BadRow
-from hftl.data.load import find_label_fault, find_text_fault, load_rows, parse_label
+from hftl.data.label_parsing import find_label_fault, parse_label
+from hftl.data.load import find_text_fault, load_rows
 from hftl.data.normalization import normalize_name
 from hftl.data.rows import BadRows, InputSpec, Row
 from hftl.data.tables import READERS

@@ -20,7 +20,7 @@ from hftl.analysis.check import run_preflight_checks
 from hftl.config.data import Data
 from hftl.config.recipe import Recipe
 from hftl.data.facts import PreparedFacts
-from hftl.data.load import find_label_fault
+from hftl.data.label_parsing import find_label_fault
 from hftl.data.normalization import (
     find_doubtful_names,
     find_fraction,

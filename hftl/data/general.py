@@ -11,7 +11,8 @@ import numpy as np
 from hftl.config.data import Data, GeneralTable
 from hftl.data.facts import GeneralFacts
 from hftl.data.images import warn_of_narrow_images
-from hftl.data.load import check_columns, find_document_fault, find_label_fault, inspect_rows
+from hftl.data.label_parsing import find_label_fault
+from hftl.data.load import check_columns, find_document_fault, inspect_rows
 from hftl.data.normalization import normalize_content, normalize_name
 from hftl.data.prepare import SPLITS, PreparedData
 from hftl.data.rows import (

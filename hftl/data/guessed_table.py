@@ -12,14 +12,14 @@ from typing import Any
 
 from hftl.config.data import Data
 from hftl.data.columns import ColumnGuess, guess_columns, is_given
-from hftl.data.load import (
-    find_row_fault,
+from hftl.data.label_parsing import (
     get_value_type,
     list_classes,
     parse_label,
     refuse_fractions,
     refuse_mixed_labels,
 )
+from hftl.data.load import find_row_fault
 from hftl.data.normalization import find_doubtful_names
 from hftl.data.rows import BadRows, InputSpec, RawRow, find_reading_fault
 from hftl.data.tables import READERS, guess_format
