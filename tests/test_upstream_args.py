@@ -112,9 +112,40 @@ def test_choices_are_those_of_the_class() -> None:
 
 
 def test_arguments_of_an_optimizer_are_pairs(tmp_path: Path) -> None:
-    for given in ("x=y=z", "x", "x=1,"):
+    for given in ("x=y=z", "x", "x=1,", "momentum=1,momentum=0"):
         with pytest.raises(RecipeError, match=f"optim_args={given} is no list of name=value"):
             build_training_arguments("adapt", {"optim_args": given}, {}, str(tmp_path), 0, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("training", "words"),
+    [
+        ({"optim_args": "beta1=0.5"}, r"takes no 'beta1' from it.* takes none"),
+        ({"optim": "adafactor", "optim_args": "relative_step=1"}, "adafactor takes no"),
+        ({"optim": "sgd", "optim_args": "momentun=0.9"},
+         r"did you mean 'momentum'\?.*momentum, dampening, weight_decay, nesterov;"),
+        ({"optim": "rmsprop", "optim_args": "alpha=0.9,beta=1"}, "takes no 'beta' from it"),
+        ({"optim": "sgd", "optim_args": "momentum=-1"}, "Invalid momentum.* Correct optim_args"),
+        ({"optim": "sgd", "optim_args": "momentum=much"}, "to float.* Correct optim_args"),
+        ({"optim": "sgd", "optim_args": "nesterov=true"}, "requires a momentum"),
+        ({"fp16": True}, "fp16=true needs an accelerator"),
+    ],
+)  # fmt: skip
+def test_arguments_that_would_be_ignored_or_fail_later(
+    training: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    for section in ("finetune", "adapt"):
+        with pytest.raises(RecipeError, match=rf"^{section}\.training\..*{words}"):
+            build_training_arguments(section, training, {}, str(tmp_path), 0, "cpu")
+
+
+def test_arguments_that_an_optimizer_takes(tmp_path: Path) -> None:
+    for optim, given in (
+        ("sgd", "momentum=0.9, nesterov=true"), ("adagrad", "lr_decay=0"), ("rmsprop", "eps=1e-8"),
+    ):  # fmt: skip
+        training = {"optim": optim, "optim_args": given}
+        args = build_training_arguments("adapt", training, {}, str(tmp_path), 0, "cpu")
+        assert args.optim_args == given
 
 
 @pytest.mark.parametrize("name", ["torch_compile_backend", "accelerator_config"])

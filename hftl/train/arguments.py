@@ -1,6 +1,8 @@
 """Build TrainingArguments from a recipe, and refuse before training what would fail in it."""
 
+import inspect
 from collections.abc import Mapping
+from copy import copy
 from typing import Any
 
 import torch
@@ -35,6 +37,12 @@ def build_training_arguments(
     Raises:
         RecipeError: if transformers refuses the values.
     """
+    if device == "cpu" and training.get("fp16"):
+        # accelerate would train in fp32 without a word.
+        raise RecipeError(
+            f"{section}.training.fp16=true needs an accelerator, and the device is a CPU",
+            "Leave it out: bf16 is used where the processor multiplies it fast, else fp32",
+        )
     decided = {
         "output_dir": folder,
         "seed": seed,
@@ -148,16 +156,58 @@ def _check_scheduler(section: str, args: TrainingArguments) -> None:
 def _check_optimizer(section: str, args: TrainingArguments) -> None:
     """Refuse an optimizer whose package is missing or that needs other settings."""
     pairs = args.optim_args.split(",") if args.optim_args else []
-    if not all(pair.count("=") == 1 for pair in pairs):
+    names = [pair.partition("=")[0].strip() for pair in pairs]
+    if not all(pair.count("=") == 1 for pair in pairs) or len(set(names)) < len(names):
         raise RecipeError(
             f"{section}.training.optim_args={args.optim_args} is no list of name=value",
-            "Write it as name=value,name=value",
+            "Write it as name=value,name=value, each name once",
         )
+    name = f"{section}.training.optim={OptimizerNames(args.optim).value}"
     try:
-        Trainer.get_optimizer_cls_and_kwargs(args, nn.Linear(1, 1))  # pyright: ignore
-    except (ValueError, ImportError) as error:
-        raise RecipeError(
-            f"{section}.training.optim={OptimizerNames(args.optim).value} does not work here: "
-            f"{format_error_line(error)}",
-            "Install what it needs, or leave optim out",
-        ) from error
+        kind, settings = _build_optimizer_settings(args)
+    except (ValueError, AttributeError, ImportError) as error:
+        fix = "Install what it needs, or leave optim out"
+        if pairs and not isinstance(error, ImportError):
+            name, fix = f"{name} with optim_args={args.optim_args}", "Correct optim_args"
+        raise RecipeError(f"{name} does not work here: {format_error_line(error)}", fix) from error
+    for given in names:
+        if not _is_read(args, given):
+            known = [p for p in inspect.signature(kind).parameters if _is_read(args, p)]
+            raise RecipeError(
+                f"{section}.training.optim_args: {OptimizerNames(args.optim).value} takes no "
+                f"{given!r} from it{suggest_closest(given, known)}",
+                f"It takes {', '.join(known) or 'none'}; others are keys of {section}.training",
+            )
+
+
+def _is_read(args: TrainingArguments, name: str) -> bool:
+    """Return whether the optimizer's settings depend on this name of `optim_args`.
+
+    transformers ignores names that it does not know, and converts the values of others.
+    """
+    results: set[str] = set()
+    for value in ("", "0", "1"):
+        try:
+            results.add(repr(_build_optimizer_settings(args, f"{name}={value}")[1]))
+        except (ValueError, AttributeError):
+            return True
+    return len(results) > 1
+
+
+def _build_optimizer_settings(
+    args: TrainingArguments, optim_args: str | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """Return the class of the optimizer, and its settings with these arguments or its own.
+
+    Raises:
+        ValueError, AttributeError, ImportError: where a value or a package is missing or wrong.
+    """
+    chosen = copy(args)
+    chosen.optim_args = args.optim_args if optim_args is None else optim_args
+    kind, settings = Trainer.get_optimizer_cls_and_kwargs(chosen, nn.Linear(1, 1))  # pyright: ignore
+    if optim_args is None and isinstance(kind, type) and "params" not in settings:
+        try:
+            kind([nn.Parameter(torch.zeros(1))], **settings)
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+    return kind, settings
