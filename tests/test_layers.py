@@ -48,7 +48,7 @@ ORDER = [
     "models.likelihood", "models.pairs",
     "models.used_embedding", "models.layer_features",
     "analysis.logistic", "analysis.probe", "analysis.neighbours", "analysis.drift",
-    "analysis.row_faults", "analysis.fingerprints", "analysis.check",
+    "analysis.row_faults", "analysis.fingerprints", "train.steps", "analysis.check",
     "analysis.nearest", "analysis.out_of_fold", "analysis.transferability",
     "analysis.rank_intervals",
     "retain.regularizer", "retain.original", "retain.kl", "retain.pretraining_kl", "retain.weights",

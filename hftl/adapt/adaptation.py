@@ -26,6 +26,7 @@ from hftl.train.callbacks import replace_progress_callbacks, time_forward, time_
 from hftl.train.checkpoint import BestWeightsCallback
 from hftl.train.loss import select_model_inputs
 from hftl.train.step_checkpoint import CheckpointSpec, CheckpointWriter
+from hftl.train.steps import count_training_steps
 from hftl.train.trainer import TransferTrainer
 
 MAX_EVALUATIONS = 10
@@ -173,14 +174,9 @@ def _build_guarded_arguments(
 
 def count_steps(stage: Adapt, rows: int) -> int:
     """Return the number of optimizer steps of an adaptation on so many rows."""
-    training = stage.training
-    if training.get("max_steps", 0) > 0:
-        return training["max_steps"]
-    batch = (
-        training.get("per_device_train_batch_size", TRAIN_BATCH_SIZE) * distributed.get_world_size()
-    )
-    epoch = math.ceil(math.ceil(rows / batch) / training.get("gradient_accumulation_steps", 1))
-    return max(1, math.ceil(epoch * training["num_train_epochs"]))
+    processes = distributed.get_world_size()
+    epochs = stage.training["num_train_epochs"]
+    return count_training_steps(stage.training, rows, epochs, TRAIN_BATCH_SIZE, processes)
 
 
 def _count_save_steps(stage: Adapt, rows: int) -> int:

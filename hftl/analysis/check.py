@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from hftl.analysis.fingerprints import FINGERPRINT_CHECKS
 from hftl.analysis.row_faults import MAX_PLACES, ROW_CHECKS
+from hftl.config.measure import SEARCH_SHARE
 from hftl.config.recipe import Arm, Recipe
 from hftl.data.image_inputs import ImageInputs
 from hftl.data.images import describe_narrow_images
@@ -21,7 +22,9 @@ from hftl.finetune.strategies import ZERO_SHOT_ARM
 from hftl.models.architectures import get_max_tokens
 from hftl.models.source import SourceModel
 from hftl.plurals import choose_verb, count_noun
+from hftl.runtime.distributed import get_world_size
 from hftl.train.facts import CheckFacts, Finding
+from hftl.train.steps import count_training_steps, warn_of_long_warmup
 
 SAMPLED_ROWS = 2000
 """Training rows that lengths are measured on, at most."""
@@ -157,6 +160,28 @@ def check_learning_rates(run: PreflightContext) -> Iterator[str]:
             )
 
 
+def check_warmup(run: PreflightContext) -> Iterator[str]:
+    """Warn of a warm-up that is longer than an arm's training, or than a phase of it."""
+    recipe = run.recipe
+    rows = len(run.prepared.draw_train_rows(recipe.data.shots, recipe.measure.seeds[0]))
+    for arm in run.arms:
+        if arm.spec.is_solved:
+            continue
+        training, what = arm.finetune.training, arm.name
+        epochs = training["num_train_epochs"]
+        if arm.spec.schedule == "phases":
+            epochs, what = arm.finetune.gradual.epochs, f"a phase of {what}"
+        elif arm.spec.schedule == "rate_search":
+            share = recipe.measure.scratch.epochs_factor * SEARCH_SHARE
+            most = training.get("max_steps", -1)
+            training = training | ({"max_steps": max(1, round(most * share))} if most > 0 else {})
+            epochs, what = epochs * share, f"a rate that {what} tries"
+        steps = count_training_steps(training, rows, epochs, processes=get_world_size())
+        warning = warn_of_long_warmup(training, steps, "finetune", what)
+        if warning:
+            yield warning
+
+
 def check_zero_shot_source(run: PreflightContext) -> Iterator[str]:
     """Warn of zero-shot classification by an encoder that was not trained to compare texts."""
     trained_as = (run.source.config.architectures or [""])[0]
@@ -232,6 +257,7 @@ CHECKS: tuple[Check, ...] = (
     check_test_rows,
     check_labels,
     check_learning_rates,
+    check_warmup,
     check_zero_shot_source,
     check_public_id,
     check_dropped_rows,

@@ -32,13 +32,12 @@ from hftl.runtime import distributed
 from hftl.train.arguments import build_finetune_arguments
 from hftl.train.callbacks import PassTime, time_forward, time_step
 from hftl.train.optimizer import compute_depths
+from hftl.train.steps import TRAINER_BATCH
 
 TIMED_ROWS = 32
 """Rows that a pass is timed on, at most."""
 TIMED_TOKENS = 512
 """Tokens of them, at most, on a CPU, which is as busy with few as with many."""
-TRAINER_BATCH = 8
-"""Of TrainingArguments, where the recipe says nothing."""
 FINISH_SECONDS = 20.0
 """Seconds from the last arm to the end: intervals, the reload in a fresh process, card, plots."""
 

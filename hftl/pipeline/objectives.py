@@ -29,6 +29,7 @@ from hftl.finetune.guard_metrics import build_neighbour_agreement, build_probe_s
 from hftl.models.source import SourceModel, load_tokenizer
 from hftl.pipeline.corpora import GENERAL_SAMPLE, Corpus, load_canvases
 from hftl.plurals import choose_verb, count_noun
+from hftl.train.steps import warn_of_long_warmup
 
 MIN_STEPS = 10
 """Steps below which an adaptation hardly moves the encoder."""
@@ -174,6 +175,8 @@ def warn_of_small_corpus(stage: Adapt, rows: int, held_out: int) -> list[str]:
             "too few to learn a domain; give a larger corpus, more "
             "adapt.training.num_train_epochs, or a smaller per_device_train_batch_size"
         )
+    what = f"{stage.objective} {stage.method}"
+    warnings += filter(None, [warn_of_long_warmup(stage.training, steps, "adapt", what)])
     if held_out < MIN_HELD_OUT:
         warnings.append(
             f"adapt: {count_noun(held_out, unit)} {choose_verb(held_out, 'is')} held out, too few "

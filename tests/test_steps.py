@@ -1,0 +1,60 @@
+"""Count the steps of a training against those that Trainer makes, and warn of long warm-ups."""
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import bench_of
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+
+from hftl.config.adapt import Adapt
+from hftl.config.recipe import Recipe
+from hftl.pipeline.objectives import warn_of_small_corpus
+from hftl.train.steps import count_training_steps
+
+
+@pytest.mark.parametrize("rows", [1, 7, 96])
+@pytest.mark.parametrize(
+    "training",
+    [
+        {}, {"per_device_train_batch_size": 5}, {"gradient_accumulation_steps": 4},
+        {"max_steps": 3}, {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2},
+    ],
+)  # fmt: skip
+def test_steps_are_those_of_trainer(training: dict[str, Any], rows: int, tmp_path: Any) -> None:
+    args = TrainingArguments(str(tmp_path), **training, num_train_epochs=2.5, report_to="none")
+    data = DataLoader(torch.zeros(rows), batch_size=args.per_device_train_batch_size)
+    trainer = Trainer(torch.nn.Linear(1, 1), args)
+    made = trainer.set_initial_training_values(args, data)[-1]
+    assert count_training_steps(training, rows, 2.5) == made
+
+
+def list_warnings(recipe_tree: dict[str, Any], warmup: float, **finetune: Any) -> list[str]:
+    """Return the warnings of warm-ups that a check and a run show."""
+    training = {"num_train_epochs": 1, "learning_rate": 1e-4, "warmup_steps": warmup}
+    recipe = Recipe.parse(
+        recipe_tree
+        | {"finetune": {"training": training | finetune.pop("training", {}), **finetune},
+           "measure": {"seeds": [0], "arms": ["scratch", "head"]}}
+    )  # fmt: skip
+    facts = bench_of(recipe).run_preflight(recipe, recipe.arms)
+    return [warning for warning in facts.warnings if "warmup_steps" in warning]
+
+
+def test_a_warm_up_longer_than_the_training_is_named(recipe_tree: dict[str, Any]) -> None:
+    # 96 rows in batches of 8.
+    first, second = list_warnings(recipe_tree, 500)
+    assert "warmup_steps=500 is more than 12 steps of lora" in first
+    assert "steps of a rate that scratch tries" in second
+    assert "of a phase of gradual" in list_warnings(recipe_tree, 500, strategy="gradual")[0]
+    assert not list_warnings(recipe_tree, 500, training={"lr_scheduler_type": "constant"})
+    for fits in (0, 0.5, 1, 4):
+        assert not list_warnings(recipe_tree, fits)
+
+
+def test_a_warm_up_longer_than_an_adaptation_is_named() -> None:
+    stage = Adapt(objective="mlm", training={"num_train_epochs": 1, "warmup_steps": 90})
+    (warning,) = warn_of_small_corpus(stage, 32 * 80, 1000)
+    assert "adapt.training.warmup_steps=90 is more than 80 steps of mlm" in warning
+    assert not warn_of_small_corpus(stage, 32 * 90, 1000)
