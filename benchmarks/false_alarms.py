@@ -57,7 +57,7 @@ from hftl.measure.metrics import find_metric
 from hftl.measure.record import Gain
 from hftl.measure.slices import LEVEL as SLICE_LEVEL
 from hftl.measure.slices import measure_slices
-from hftl.measure.verdict import CALIBRATION_MARGIN, decide_verdict
+from hftl.measure.verdict import CALIBRATION_MARGIN, VerdictEvidence, decide_verdict
 
 RESULT = Path(__file__).parent / "results" / "false_alarms.json"
 RUNS = 200
@@ -163,7 +163,10 @@ def draw_reasons(
     """Return the reasons of the verdict on a drawn run, see `draw_predictions`."""
     over = _draw_gains(rng, arms, seeds, rows, sd, ahead)
     gain = select_lesser_gain({arm: over[arm] for arm in GAIN_BASELINES if arm in over})
-    return decide_verdict(gain, over.get("head"), 0.0, over.get("source")).reasons
+    evidence = VerdictEvidence(
+        gain=gain, over_head=over.get("head"), reload_difference=0.0, over_source=over.get("source")
+    )
+    return decide_verdict(evidence).reasons
 
 
 def _draw_gains(
@@ -415,7 +418,10 @@ def has_worse_calibration(
         temperature=temperature, bins=1, before=before, after=after,
         change=estimate_change(squares[1] - squares[0], np.arange(rows)),
     )  # fmt: skip
-    reasons = decide_verdict(None, None, 0.0, calibration=section).reasons
+    evidence = VerdictEvidence(
+        gain=None, over_head=None, reload_difference=0.0, calibration=section
+    )
+    reasons = decide_verdict(evidence).reasons
     return any(reason.startswith("calibration made") for reason in reasons)
 
 

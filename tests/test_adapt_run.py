@@ -32,7 +32,7 @@ from hftl.config.section import Source
 from hftl.errors import RunFolderError
 from hftl.measure.gain import describe_adaptation_outcome
 from hftl.measure.record import AdaptSection, Gain, LadderRow, Record
-from hftl.measure.verdict import decide_verdict
+from hftl.measure.verdict import VerdictEvidence, decide_verdict
 from hftl.models.source import find_source, hash_source_weights
 from hftl.pipeline.corpus_checks import MAX_ROWS, check_corpora
 from hftl.pipeline.objectives import warn_of_small_corpus
@@ -541,5 +541,7 @@ def test_card_says_which_sign_the_gain_has(outcome: str, value: float, words: st
             for arm, test in (("lora", 0.85), ("source", 0.8))]  # fmt: skip
     record = Record.parse(make_record()).model_copy(update={"adapt": section, "ladder": rows})
     assert format_adaptation_sentence(record).startswith(words)
-    reasons = decide_verdict(None, None, 0.0, gain).reasons
+    reasons = decide_verdict(VerdictEvidence(
+        gain=None, over_head=None, reload_difference=0.0, over_source=gain
+    )).reasons  # fmt: skip
     assert any("adaptation did harm" in reason for reason in reasons) == (outcome == "negative")

@@ -27,7 +27,7 @@ from hftl.measure.gain import SplitPredictions, compute_gain, score_arm
 from hftl.measure.metrics import find_metric
 from hftl.measure.record import BaselineGain, Record
 from hftl.measure.slices import correct_by_holm, measure_slices, select_rows
-from hftl.measure.verdict import decide_verdict
+from hftl.measure.verdict import VerdictEvidence, decide_verdict
 from hftl.pipeline.pipeline import check_recipe
 
 pytestmark = pytest.mark.usefixtures("fast_reload")
@@ -269,7 +269,10 @@ def hold_part(rows: int) -> SlicedColumn:
 def judge(section: SliceSection | None) -> Any:
     gain = make_gain(0.1, [0.05, 0.15], "positive")
     gain |= {"baseline": "classical", "baselines": {}}
-    return decide_verdict(BaselineGain.model_validate(gain), None, 0.0, slices=section)
+    return decide_verdict(VerdictEvidence(
+        gain=BaselineGain.model_validate(gain), over_head=None, reload_difference=0.0,
+        slices=section,
+    ))  # fmt: skip
 
 
 @pytest.mark.parametrize("rows", [40, 80])

@@ -11,12 +11,13 @@ from typer.testing import CliRunner
 
 from hftl.measure.facts import CalibrationSection, Estimate
 from hftl.measure.forgetting_facts import Forgotten
-from hftl.measure.record import BaselineGain, Gain, Record
+from hftl.measure.record import BaselineGain, Gain, Record, Verdict
 from hftl.measure.verdict import (
     LEVEL_NOTES,
     RELOAD_TOLERANCE,
     ForgettingBudget,
     Leakage,
+    VerdictEvidence,
     decide_verdict,
     format_gain,
     judge_record,
@@ -69,11 +70,20 @@ def head(facts: dict[str, Any] | None) -> Gain | None:
     return None if facts is None else Gain.model_validate(COMMON | {"outcome": "negative"} | facts)
 
 
+def decide(
+    gain: BaselineGain | None, over_head: Gain | None = None,
+    reload_difference: float | None = 0.0, **others: Any,
+) -> Verdict:  # fmt: skip
+    return decide_verdict(VerdictEvidence(
+        gain=gain, over_head=over_head, reload_difference=reload_difference, **others
+    ))  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("gain", "over_head", "reload"), list(itertools.product(GAINS, HEADS, RELOADS))
 )
 def test_publishes_only_when_all_three_hold(gain: str, over_head: str, reload: float) -> None:
-    verdict = decide_verdict(full(gain), head(HEADS[over_head]), reload)
+    verdict = decide(full(gain), head(HEADS[over_head]), reload)
     against = [gain != "positive", over_head in HEAD_AHEAD, not RELOADS[reload]]
     assert verdict.decision == ("hold" if any(against) else "publish")
     reasons = " / ".join(verdict.reasons)
@@ -99,7 +109,7 @@ def test_publishes_only_when_all_three_hold(gain: str, over_head: str, reload: f
 
 
 def test_a_reload_that_nobody_measured_is_not_proved() -> None:
-    verdict = decide_verdict(full("positive"), None, None)
+    verdict = decide(full("positive"), reload_difference=None)
     assert verdict.decision == "hold"
     assert verdict.reasons == ["no reload in a fresh process is recorded"]
 
@@ -114,7 +124,7 @@ def test_a_model_that_is_not_better_than_head_says_so_first(
     over_head: dict[str, Any], words: str, decision_gain: str
 ) -> None:
     """A LoRA at -.005 of head was published for its gain over scratch, and said so alone."""
-    verdict = decide_verdict(full(decision_gain), head(over_head), 0.0)
+    verdict = decide(full(decision_gain), head(over_head))
     assert verdict.reasons[0].startswith(words)
     assert format_gain(Estimate(over_head["value"], tuple(over_head["ci95"]))) in verdict.reasons[0]
 
@@ -124,7 +134,7 @@ def test_a_gain_over_one_baseline_alone_is_within_noise() -> None:
     unsure = COMMON | {"value": 0.2, "ci95": [-0.1, 0.5], "outcome": "undetermined"}
     baselines = {"scratch": unsure, "classical": known}
     both = full("positive", baseline="classical", baselines=baselines, outcome="undetermined")
-    verdict = decide_verdict(both, None, 0.0)
+    verdict = decide(both)
     assert verdict.decision == "hold"
     assert (
         "over classical is beyond noise, but +0.200 [-0.100, +0.500] over scratch is not"
@@ -158,20 +168,20 @@ def test_forgetting_beyond_its_budget_holds(
     forgotten: Forgotten | None, holds: bool, words: str
 ) -> None:
     budget = ForgettingBudget(0.05, forgotten)
-    verdict = decide_verdict(full("positive"), None, 0.0, forgetting=budget)
+    verdict = decide(full("positive"), forgetting=budget)
     assert (verdict.decision == "hold") == holds and words in " / ".join(verdict.reasons)
 
 
 @pytest.mark.parametrize(("rows", "holds"), [(4, False), (5, True), (60, True)])
 def test_near_copies_that_could_make_the_gain_hold(rows: int, holds: bool) -> None:
-    verdict = decide_verdict(full("positive"), None, 0.0, leakage=Leakage(rows, 100))
+    verdict = decide(full("positive"), leakage=Leakage(rows, 100))
     assert (verdict.decision == "hold") == holds
     assert f"{rows} of 100 test rows ({rows}.0%)" in " / ".join(verdict.reasons)
 
 
 def test_near_copies_do_not_bound_a_gain_that_is_no_share_of_rows() -> None:
     leakage = Leakage(60, 100, is_share=False)
-    verdict = decide_verdict(full("positive"), None, 0.0, leakage=leakage)
+    verdict = decide(full("positive"), leakage=leakage)
     assert verdict.decision == "publish" and "is not known" in " / ".join(verdict.reasons)
 
 
@@ -203,14 +213,14 @@ def calibrate(change: tuple[float, float] | None) -> CalibrationSection:
 def test_calibration_that_is_worse_beyond_noise_and_margin_holds(
     change: tuple[float, float] | None, holds: bool
 ) -> None:
-    verdict = decide_verdict(full("positive"), None, 0.0, calibration=calibrate(change))
+    verdict = decide(full("positive"), calibration=calibrate(change))
     assert (verdict.decision == "hold") == holds
     assert ("calibration made probabilities worse" in " / ".join(verdict.reasons)) == holds
 
 
 def test_a_record_without_the_change_of_the_calibration_says_nothing_of_it() -> None:
     older = calibrate((0.03, 0.05)).model_copy(update={"change": None})
-    assert decide_verdict(full("positive"), None, 0.0, calibration=older).decision == "publish"
+    assert decide(full("positive"), calibration=older).decision == "publish"
 
 
 @pytest.mark.parametrize("case", ["positive", "negative", "undetermined", "no baseline"])

@@ -83,16 +83,47 @@ class ConstantScore:
     own: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class VerdictEvidence:
+    """Hold what a verdict on a trained model rests on; None where it was not measured."""
+
+    gain: BaselineGain | None
+    """The transfer gain; None where no baseline ran."""
+    over_head: Gain | None
+    """The own arm's gain over `head`; None where it is head or head did not run."""
+    reload_difference: float | None
+    """The largest difference of logits after a reload in a fresh process, relative to the largest
+    logit where that is above 1."""
+    over_source: Gain | None = None
+    """The own arm's gain over the same without adaptation, where it is adapted."""
+    over_zero_shot: Gain | None = None
+    slices: SliceSection | None = None
+    forgetting: ForgettingBudget | None = None
+    """What may be forgotten and was, where the recipe sets a budget."""
+    calibration: CalibrationSection | None = None
+    """Of the published weights, where there are probabilities."""
+    leakage: Leakage | None = None
+    constant: ConstantScore | None = None
+
+
 def judge_record(record: Record) -> Verdict:
     """Return the verdict of a record, from its figures alone."""
     if record.own_arm is None:
         return decide_adaptation_verdict(record.stages)
     over = {row.arm: row.gain_of_own for row in record.ladder}
-    return decide_verdict(
-        record.transfer_gain, over.get(PROBE_ARM), record.reload_difference,
-        over.get("source"), over.get(ZERO_SHOT_ARM), record.slices, _read_budget(record),
-        record.calibration, _count_leakage(record), _compare_with_constant(record),
-    )  # fmt: skip
+    evidence = VerdictEvidence(
+        gain=record.transfer_gain,
+        over_head=over.get(PROBE_ARM),
+        reload_difference=record.reload_difference,
+        over_source=over.get("source"),
+        over_zero_shot=over.get(ZERO_SHOT_ARM),
+        slices=record.slices,
+        forgetting=_read_budget(record),
+        calibration=record.calibration,
+        leakage=_count_leakage(record),
+        constant=_compare_with_constant(record),
+    )
+    return decide_verdict(evidence)
 
 
 def _read_budget(record: Record) -> ForgettingBudget | None:
@@ -129,18 +160,7 @@ def _compare_with_constant(record: Record) -> ConstantScore | None:
     return ConstantScore(f"{label!r}, the commonest label", "accuracy", share, accuracy)
 
 
-def decide_verdict(
-    gain: BaselineGain | None,
-    over_head: Gain | None,
-    reload_difference: float | None,
-    over_source: Gain | None = None,
-    over_zero_shot: Gain | None = None,
-    slices: SliceSection | None = None,
-    forgetting: ForgettingBudget | None = None,
-    calibration: CalibrationSection | None = None,
-    leakage: Leakage | None = None,
-    constant: ConstantScore | None = None,
-) -> Verdict:
+def decide_verdict(evidence: VerdictEvidence) -> Verdict:
     """Publish only when the gain is beyond noise and beyond what leakage could make, neither
     `head`, `zero_shot` nor the recipe without adaptation is better beyond noise, no slice loses,
     one answer to all rows is not better, forgetting is within its budget, calibration is not
@@ -149,30 +169,18 @@ def decide_verdict(
     A model that is not better than `head` says so first, whatever the decision: the gain over a
     baseline that was not pretrained does not show that training the encoder was worth it.
 
-    Args:
-        gain: the transfer gain, or None where no baseline ran.
-        over_head: the own arm's gain over `head`, or None where it is head or head did not run.
-        reload_difference: largest difference of logits after a reload in a fresh process,
-            relative to the largest logit where that is above 1; None where it was not measured.
-        over_source: the own arm's gain over the same without adaptation, where it is adapted.
-        over_zero_shot: the own arm's gain over `zero_shot`, where that ran beside it.
-        slices: scores and gains of the recipe's slices, where it names some.
-        forgetting: what may be forgotten and was, where the recipe sets a budget.
-        calibration: of the published weights, where there are probabilities.
-        leakage: rows that measure and are near copies of others, where there are any.
-        constant: how one answer to all rows scores, where that is known.
-
     Returns:
         The verdict; on publish the reasons say what speaks for it.
     """
+    gain, over_head = evidence.gain, evidence.over_head
     head_holds, head_reason = _judge_head(over_head)
     ahead = over_head is None or is_better(over_head)
     checks = [
-        _judge_gain(gain), _judge_constant(constant), _judge_zero_shot(over_zero_shot),
-        _judge_adaptation(over_source),
-        _judge_slices(slices, None if gain is None else gain.metric),
-        _judge_leakage(leakage, gain), _judge_forgetting(forgetting),
-        _judge_calibration(calibration), _judge_reload(reload_difference),
+        _judge_gain(gain), _judge_constant(evidence.constant),
+        _judge_zero_shot(evidence.over_zero_shot), _judge_adaptation(evidence.over_source),
+        _judge_slices(evidence.slices, None if gain is None else gain.metric),
+        _judge_leakage(evidence.leakage, gain), _judge_forgetting(evidence.forgetting),
+        _judge_calibration(evidence.calibration), _judge_reload(evidence.reload_difference),
     ]  # fmt: skip
     checks.insert(1 if ahead else 0, (head_holds, head_reason))
     against = [reason for holds, reason in checks if not holds]

@@ -12,7 +12,7 @@ from hftl.card.validation import validate_card
 from hftl.config.recipe import Recipe
 from hftl.measure.error_analysis import ErrorAnalysis
 from hftl.measure.record import SCHEMA_VERSION, BaselineGain, Gain, Record
-from hftl.measure.verdict import decide_verdict
+from hftl.measure.verdict import VerdictEvidence, decide_verdict
 
 HFTL_KEYS = frozenset(
     """
@@ -64,10 +64,10 @@ def make_record(
         "splits": {"train": 2391, "validation": 400, "test": 797}, "name": "reviews.csv",
         "labels_read": {"train_per_seed": 400, "total": 2083}, "fingerprint": "0" * 64,
     }  # fmt: skip
-    verdict = decide_verdict(
-        None if gain is None else BaselineGain.model_validate(gain),
-        None if head is None else Gain.model_validate(head),
-        2.4e-7,
+    evidence = VerdictEvidence(
+        gain=None if gain is None else BaselineGain.model_validate(gain),
+        over_head=None if head is None else Gain.model_validate(head),
+        reload_difference=2.4e-7,
     )
     return {
         "schema_version": SCHEMA_VERSION,
@@ -89,7 +89,7 @@ def make_record(
         "transfer_gain": gain,
         "forgetting": None,
         "reload_difference": 2.4e-7,
-        "verdict": verdict.to_dict(),
+        "verdict": decide_verdict(evidence).to_dict(),
         "published_seed": seeds[-1],
         "environment": {"python": "3.13.1", "platform": "Linux x86_64", "device": "cpu",
                         "dtype": "float32", "packages": {"hftl": "0.1.0", "torch": "2.10.0"}},
