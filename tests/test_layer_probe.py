@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import bench_of, make_image_recipe, pictures
-from scipy.stats import norm
+from scipy.stats import binomtest, norm
 from support.command import Hftl
 from support.coverage import is_covered
 from test_feature_store import forwards
@@ -102,6 +102,19 @@ def simulate_estimates(trials: int) -> tuple[float, float]:
 def test_intervals_hold_the_truth() -> None:
     held, gaps = simulate_estimates(60)
     assert held > 0.88 and gaps > 0.88
+
+
+def test_seeds_that_score_alike_leave_the_interval_of_one() -> None:
+    labels, units = np.ones(40, dtype=int), np.arange(40)
+    first, second = labels.copy(), labels.copy()
+    first[:4], second[4:8] = 0, 0
+    for seeds in ([first, second], [first, first], [labels] * 2, [labels] * 5, [1 - labels] * 3):
+        estimate = estimate_score(ACCURACY, labels, seeds, units)
+        assert estimate.ci95 is not None and estimate.ci95[1] - estimate.ci95[0] > 0.05
+        right = int((seeds[0] == labels).sum())
+        wilson = binomtest(right, 40).proportion_ci(method="wilson")
+        if seeds[1] is not first:
+            assert estimate.ci95 == pytest.approx((wilson.low, wilson.high), abs=1e-9)
 
 
 @pytest.mark.slow
