@@ -27,6 +27,7 @@ from transformers import (
 
 from hftl.errors import RecipeError
 from hftl.models.lora_concat import (
+    AdapterSettings,
     LoraFactors,
     check_concatenable,
     concat_factors,
@@ -129,8 +130,9 @@ def join(
     models, gaps = [], []
     for name, parts in (("joined", [*before, own]), ("alone", [own])):
         write_adapter(
-            folder / name, concat_factors(parts), prefix, get_saved_tensors(last), kind,
-            task["modules_to_save"], "someone/base", "abc", type(last.get_base_model()),
+            folder / name, concat_factors(parts), prefix, get_saved_tensors(last),
+            AdapterSettings(kind, task["modules_to_save"], "someone/base", "abc",
+                            type(last.get_base_model())),
         )  # fmt: skip
         torch.manual_seed(6)
         base = auto.from_pretrained(original, num_labels=3)
@@ -214,7 +216,7 @@ class Nested(nn.Module):
 def test_each_pattern_matches_one_layer(tmp_path: Path) -> None:
     ranks = {"l.q": 1, "lxq": 2, "inner.l.q": 3, "n.l.q": 3}
     factors = {p: LoraFactors(torch.randn(r, 6), torch.randn(6, r)) for p, r in ranks.items()}
-    write_adapter(tmp_path, factors, "", {}, None, None, None, None)
+    write_adapter(tmp_path, factors, "", {}, AdapterSettings())
     again = extract_factors(PeftModel.from_pretrained(Nested(), tmp_path))
     assert {path: len(factors.a) for path, factors in again.items()} == ranks
     assert_same_factors(again, factors)
@@ -247,7 +249,7 @@ def test_adapter_of_features_has_no_head(tiny_model: Tiny, tmp_path: Path) -> No
     # As fine-tuning holds it: the wrapper inside another module.
     own = extract_factors(nn.ModuleDict({"encoder": last}))
     joined = concat_factors([*before, own])
-    write_adapter(folder, joined, "", get_saved_tensors(last), kind, None, None, None)
+    write_adapter(folder, joined, "", get_saved_tensors(last), AdapterSettings(kind))
     reloaded = PeftModel.from_pretrained(AutoModel.from_pretrained(tiny_model()), folder).eval()
     inputs = draw_inputs("bert")
     with torch.inference_mode():
@@ -266,7 +268,7 @@ def test_folder_is_as_peft_writes_it(tiny_model: Tiny, tmp_path: Path) -> None:
     adapted.save_pretrained(tmp_path / "theirs")
     write_adapter(
         tmp_path / "ours", extract_factors(adapted, "vit."), "vit.", get_saved_tensors(adapted),
-        None, ["classifier"], str(source), None, type(model),
+        AdapterSettings(None, ["classifier"], str(source), None, type(model)),
     )  # fmt: skip
     ours, theirs = (read_tensors(tmp_path / folder) for folder in ("ours", "theirs"))
     assert set(ours) == set(theirs)

@@ -12,7 +12,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -152,10 +152,26 @@ def get_saved_tensors(adapted: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if ".lora_" not in name}
 
 
+@dataclass(frozen=True)
+class AdapterSettings:
+    """Hold what an adapter's config says beside its layers and ranks."""
+
+    task_type: TaskType | None = None
+    """Peft's name of the task; None for images."""
+    modules_to_save: list[str] | None = None
+    """The modules that are saved whole, as fine-tuning named them."""
+    base: str | None = None
+    """Public id of the base model."""
+    revision: str | None = None
+    """The base's commit."""
+    base_class: type[nn.Module] | None = None
+    """The class that the adapter is applied to, which `AutoPeftModel` reads where there is no task
+    type."""
+
+
 def write_adapter(
     folder: Path, factors: Mapping[str, LoraFactors], prefix: str, saved: Mapping[str, Tensor],
-    task_type: TaskType | None, modules_to_save: list[str] | None, base: str | None,
-    revision: str | None, base_class: type[nn.Module] | None = None,
+    settings: AdapterSettings,
 ) -> None:  # fmt: skip
     """Write a plain peft folder, `adapter_config.json` and `adapter_model.safetensors`.
 
@@ -168,12 +184,7 @@ def write_adapter(
         prefix: path of the encoder in the class that the adapter is applied to, with its dot, as
             `bert.`; empty for `AutoModel`.
         saved: the tensors of `modules_to_save`, by the names that peft gives them.
-        task_type: peft's name of the task; None for images.
-        modules_to_save: the modules that are saved whole, as fine-tuning named them.
-        base: public id of the base model.
-        revision: the base's commit.
-        base_class: the class that the adapter is applied to, which `AutoPeftModel` reads where
-            there is no task type.
+        settings: what else the folder says of itself.
     """
     adapted = {
         f"{prefix}{path}": pair
@@ -186,19 +197,21 @@ def write_adapter(
     unusual = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != usual}
     config = LoraConfig(
         r=usual, lora_alpha=usual, rank_pattern=unusual, alpha_pattern=dict(unusual),
-        target_modules=list(adapted), modules_to_save=modules_to_save, task_type=task_type,
-        inference_mode=True, base_model_name_or_path=base, revision=revision,
+        target_modules=list(adapted), modules_to_save=settings.modules_to_save,
+        task_type=settings.task_type, inference_mode=True,
+        base_model_name_or_path=settings.base, revision=settings.revision,
     )  # fmt: skip
-    settings = config.to_dict() | {"target_modules": sorted(adapted)}
-    if task_type is None and base_class is not None:
-        settings["auto_mapping"] = {
+    written = config.to_dict() | {"target_modules": sorted(adapted)}
+    base_class = settings.base_class
+    if settings.task_type is None and base_class is not None:
+        written["auto_mapping"] = {
             "base_model_class": base_class.__name__, "parent_library": base_class.__module__,
         }  # fmt: skip
     tensors = {f"{PEFT_PREFIX}{path}.lora_A.weight": pair.a for path, pair in adapted.items()}
     tensors |= {f"{PEFT_PREFIX}{path}.lora_B.weight": pair.b for path, pair in adapted.items()}
     tensors |= saved
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(settings, indent=2, sort_keys=True)
+    text = json.dumps(written, indent=2, sort_keys=True)
     (folder / "adapter_config.json").write_text(f"{text}\n", encoding="utf-8")
     save_file(
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},

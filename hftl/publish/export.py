@@ -29,6 +29,7 @@ from hftl.models.heads import build_label_settings, get_placeholder_name
 from hftl.models.lora import build_path_pattern, get_peft_model_inside
 from hftl.models.lora_concat import (
     PEFT_PREFIX,
+    AdapterSettings,
     concat_factors,
     extract_factors,
     get_saved_tensors,
@@ -180,21 +181,16 @@ def export_adapter(context: ExperimentContext, model: nn.Module, folder: Path) -
         "base_model_name_or_path": base.public_id, "revision": base.revision
     }  # fmt: skip
     if context.lora_factors:
-        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        own = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         pooled = isinstance(model, PooledModel)
         prefix = "" if pooled else f"{context.source.architecture_spec.encoder}."
         stages = [*map(load_factors, context.lora_factors), extract_factors(adapter, prefix)]
-        write_adapter(
-            folder,
-            concat_factors(stages),
-            prefix,
-            get_saved_tensors(adapter),
-            settings["task_type"],
-            settings["modules_to_save"],
-            None,
-            None,
-            None if pooled else type(unwrap_adapter(model)),
+        settings = AdapterSettings(
+            task_type=own["task_type"],
+            modules_to_save=own["modules_to_save"],
+            base_class=None if pooled else type(unwrap_adapter(model)),
         )
+        write_adapter(folder, concat_factors(stages), prefix, get_saved_tensors(adapter), settings)
     if isinstance(model, PooledModel):
         # An adapter for `AutoModel` fits no stock task class: there the same layers lie below the
         # encoder's name, which a list of names would match by the ends of the paths.
@@ -237,10 +233,13 @@ def export_encoder(context: ExperimentContext, folder: Path) -> None:
     if context.lora_factors and not context.base_is_adapted:
         factors = concat_factors([load_factors(file) for file in context.lora_factors])
         text = context.prepared.modality == "text"
-        write_adapter(
-            folder, factors, "", {}, TaskType.FEATURE_EXTRACTION if text else None, None,
-            base.public_id, base.revision, get_encoder_class(context.source.config),
-        )  # fmt: skip
+        settings = AdapterSettings(
+            task_type=TaskType.FEATURE_EXTRACTION if text else None,
+            base=base.public_id,
+            revision=base.revision,
+            base_class=get_encoder_class(context.source.config),
+        )
+        write_adapter(folder, factors, "", {}, settings)
     elif context.base is not None:
         shutil.copytree(context.source.folder, folder, dirs_exist_ok=True)
     if not (folder / "config.json").exists():
