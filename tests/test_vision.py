@@ -17,7 +17,7 @@ from hftl.adapt.mae import check_mae_architecture
 from hftl.config.recipe import Recipe
 from hftl.config.section import Source
 from hftl.errors import RecipeError
-from hftl.finetune.arm import train_arm, train_model
+from hftl.finetune.arm import fit_model, predict_trained, train_arm
 from hftl.finetune.context import ExperimentContext
 from hftl.finetune.trainable import apply_strategy
 from hftl.models.heads import LoadedModel
@@ -74,7 +74,7 @@ def train_steps(context: ExperimentContext, recipe: Recipe) -> tuple[Any, set[st
     model = apply_strategy(built.model, finetune, built.fresh)
     before = copy_state(model)
     prepared = LoadedModel(model, built.architecture, built.pooling, built.fresh)
-    output = train_model(context, prepared, finetune, 0)
+    output = predict_trained(context, fit_model(context, prepared, finetune, 0), compared=True)
     after = model.state_dict()
     moved = {name for name, tensor in before.items() if not tensor.equal(after[name])}
     return model, moved, output

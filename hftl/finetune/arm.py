@@ -65,26 +65,19 @@ def train_arm(
         seed: of shots, order and initialisation.
         retention: what keeps it near its original; of this training alone.
         checkpoints: where they are, from the newest of which training continues; None: nowhere.
-        compared: see `train_model`.
-        splits: see `train_model`.
-        measure_forgetting: see `train_model`.
+        compared: whether it is compared with the source, for which it leaves its embeddings.
+        splits: those that are predicted.
+        measure_forgetting: is called on the trained model; its value is the fact `forgotten`.
     """
     finetune = context.decide_batchnorm(finetune, seed)
     built = build_start_model(context, finetune, seed, context.compute_target_scale(seed))
     set_seed(seed)
     model = apply_strategy(built.model, finetune, built.fresh)
     built = LoadedModel(model, built.architecture, built.pooling, built.fresh)
-    return train_model(
-        context,
-        built,
-        finetune,
-        seed,
-        retention,
-        compared,
-        checkpoints,
-        splits,
-        measure_forgetting,
-    )
+    trained = fit_model(
+        context, built, finetune, seed, retention, checkpoints, measure_forgetting
+    )  # fmt: skip
+    return predict_trained(context, trained, compared, splits)
 
 
 @dataclass(frozen=True)
@@ -98,23 +91,6 @@ class TrainedModel:
     note: str = ""
 
 
-def train_model(
-    context: ExperimentContext, built: LoadedModel, finetune: Finetune, seed: int,
-    retention: Retention | None = None, compared: bool = True,
-    checkpoints: CheckpointSpec | None = None, splits: Sequence[str] = MEASURED_SPLITS,
-    measure_forgetting: Callable[[LoadedModel], float] | None = None,
-) -> ArmOutput:  # fmt: skip
-    """Train a prepared model, keep its best evaluation on validation, and predict in fp32.
-
-    What is `compared` with the source leaves its embeddings. The head is left in the label's unit.
-    `splits` are those that are predicted. Other arguments as of `fit_model`.
-    """
-    trained = fit_model(
-        context, built, finetune, seed, retention, checkpoints, measure_forgetting
-    )  # fmt: skip
-    return predict_trained(context, trained, compared, splits)
-
-
 def fit_model(
     context: ExperimentContext, built: LoadedModel, finetune: Finetune, seed: int,
     retention: Retention | None = None, checkpoints: CheckpointSpec | None = None,
@@ -122,7 +98,7 @@ def fit_model(
 ) -> TrainedModel:  # fmt: skip
     """Train a prepared model, and keep its best evaluation on validation.
 
-    `measure_forgetting` is called on the trained model; its value is the fact `forgotten`.
+    The last three arguments are those of `train_arm`.
     """
     started = time.perf_counter()
     retention = Retention() if retention is None else retention
@@ -147,10 +123,11 @@ def fit_model(
             train_used_tokens(context, built.encoder, finetune, args, seed, retention)
         )
         best = build_keep_best(args, finetune.patience)
-        make = partial(
-            _build_trainer, context, built, best, finetune, seed, retention, scale, prefix
-        )
-        result = _fit(built.model, make, args, best, finetune, _add_scale(checkpoints, scale))
+        trainers = _ArmTrainers(
+            context, built, finetune, seed, best=best, retention=retention, scale=scale,
+            prefix=prefix,
+        )  # fmt: skip
+        result = _fit(trainers, args, _add_scale(checkpoints, scale))
     if whole is not built.model:
         weights = gather_trainable_state(built.model, result.trainer.accelerator)
         built = replace(built, model=_load_trained_weights(whole, weights))
@@ -167,6 +144,53 @@ def fit_model(
 
 
 @dataclass(frozen=True)
+class _ArmTrainers:
+    """Build the trainers of an arm: one, or one a phase."""
+
+    context: ExperimentContext
+    built: LoadedModel
+    finetune: Finetune
+    seed: int
+    best: BestWeightsCallback
+    retention: Retention
+    scale: TargetScale | None
+    prefix: FrozenPrefix
+
+    def build(self, args: TrainingArguments, optimizers: Any = (None, None)) -> TransferTrainer:
+        """Build a trainer; the phases of an arm share `optimizers`."""
+        context, finetune = self.context, self.finetune
+        self.prefix.follow()
+        held = _sort_by_length(context, context.prepared.rows["validation"])
+        standardise = None if self.scale is None else self.scale.standardize
+        # The phases of gradual unfreezing count epochs from 0, and see other crops.
+        rows = context.select_train_rows(self.seed)
+        trainer = TransferTrainer(
+            self.built.model,
+            args,
+            train_dataset=context.build_dataset(rows, args.data_seed, standardise),
+            eval_dataset=context.build_dataset(held, None, standardise),
+            data_collator=context.inputs.collate,
+            compute_metrics=partial(self._compute_metrics, held),
+            callbacks=[self.best],
+            optimizers=optimizers,
+            retain=self.retention,
+            class_weight=context.compute_class_weights(finetune.class_weight, self.seed),
+            focal_gamma=finetune.focal_gamma,
+            layer_decay=finetune.layer_decay,
+            rates=finetune.learning_rates,
+        )
+        replace_progress_callbacks(trainer)
+        return trainer
+
+    def _compute_metrics(self, held: list[Row], evaluation: Any) -> dict[str, float]:
+        """Return the metrics of an evaluation, in the label's unit."""
+        outputs = evaluation.predictions
+        if self.scale is not None:
+            outputs = self.scale.restore(np.asarray(outputs))
+        return _compute_metrics(self.context, held, outputs, evaluation.label_ids)
+
+
+@dataclass(frozen=True)
 class _TrainingResult:
     """Hold a training: its last trainer, its log and epochs, and the epoch of the best weights."""
 
@@ -177,15 +201,17 @@ class _TrainingResult:
 
 
 def _fit(
-    model: nn.Module, make: Callable[..., TransferTrainer], args: TrainingArguments,
-    best: BestWeightsCallback, finetune: Finetune, checkpoints: CheckpointSpec | None,
-) -> _TrainingResult:  # fmt: skip
+    trainers: _ArmTrainers, args: TrainingArguments, checkpoints: CheckpointSpec | None
+) -> _TrainingResult:
     """Train in phases or at once, as the strategy says, and leave the best weights in the model."""
+    model, best, finetune = trainers.built.model, trainers.best, trainers.finetune
     if finetune.spec.schedule == "phases":
-        phased = partial(fit_gradual, model, make, args, best, finetune.gradual, checkpoints)
+        phased = partial(
+            fit_gradual, model, trainers.build, args, best, finetune.gradual, checkpoints
+        )
         trainer, history = _run_training(phased)
         return _TrainingResult(trainer, history, history[-1]["epoch"], best.epoch)
-    trainer = _fit_at_once(model, make(args), best, checkpoints)
+    trainer = _fit_at_once(model, trainers.build(args), best, checkpoints)
     return _TrainingResult(trainer, trainer.state.log_history, trainer.state.epoch, best.epoch)
 
 
@@ -249,45 +275,6 @@ def _fit_at_once(
     return trainer
 
 
-def _build_trainer(
-    context: ExperimentContext, built: LoadedModel, best: BestWeightsCallback, finetune: Finetune,
-    seed: int, retention: Retention, scale: TargetScale | None, prefix: FrozenPrefix,
-    args: TrainingArguments, /, optimizers: Any = (None, None),
-) -> TransferTrainer:  # fmt: skip
-    """Build the trainer of an arm; the phases of one share `optimizers`."""
-    prefix.follow()
-    held = _sort_by_length(context, context.prepared.rows["validation"])
-    standardise = None if scale is None else scale.standardize
-
-    def metrics_of(evaluation: Any) -> dict[str, float]:
-        outputs = (
-            evaluation.predictions
-            if scale is None
-            else scale.restore(np.asarray(evaluation.predictions))
-        )
-        return _compute_metrics(context, held, outputs, evaluation.label_ids)
-
-    # The phases of gradual unfreezing count epochs from 0, and see other crops.
-    rows = context.build_dataset(context.select_train_rows(seed), args.data_seed, standardise)
-    trainer = TransferTrainer(
-        built.model,
-        args,
-        train_dataset=rows,
-        eval_dataset=context.build_dataset(held, None, standardise),
-        data_collator=context.inputs.collate,
-        compute_metrics=metrics_of,
-        callbacks=[best],
-        optimizers=optimizers,
-        retain=retention,
-        class_weight=context.compute_class_weights(finetune.class_weight, seed),
-        focal_gamma=finetune.focal_gamma,
-        layer_decay=finetune.layer_decay,
-        rates=finetune.learning_rates,
-    )
-    replace_progress_callbacks(trainer)
-    return trainer
-
-
 def _run_training(training: Callable[[], Any]) -> Any:
     try:
         return training()
@@ -320,7 +307,7 @@ def predict_trained(
 ) -> ArmOutput:  # fmt: skip
     """Return the output of a trained model: its predictions on the rows of splits, and its weights.
 
-    Its head is left in the label's unit. `compared` as of `train_model`.
+    They are made in fp32. Its head is left in the label's unit. `compared` as of `train_arm`.
     """
     started = time.perf_counter()
     built, scale = trained.built, trained.scale
