@@ -150,6 +150,8 @@ def _describe_guess(guess: ColumnGuess, counts: LabelCounts) -> list[str]:
         most = counts.names.most_common(MAX_LISTED)
         labels = [f"{_shorten(name)} ({count:,})" for name, count in most]
         lines.append(f"labels: {_join_first(labels, len(counts.names))}")
+    if counts.opened:
+        lines.append(f"pictures: {counts.opened} of {counts.rows:,} opened")
     if guess.unused:
         shown = list(map(_shorten, guess.unused[:MAX_LISTED]))
         lines.append(f"not used: {_join_first(shown, len(guess.unused))}")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from conftest import pictures, sentences, write_csv
+from PIL import Image
 
 from hftl.config.recipe import Recipe
 from hftl.data.columns import guess_columns
@@ -215,12 +216,29 @@ def test_a_folder_of_texts_or_pictures_has_its_classes_as_folders(tmp_path: Path
 def test_lists_and_pictures_are_recognized_by_their_values(
     rows: list[dict[str, Any]], task: str, inputs: str, label: str, metric: str, tmp_path: Path
 ) -> None:
+    for photo in (row["photo"] for row in rows if "photo" in row):
+        Image.new("RGB", (4, 4)).save(tmp_path / photo)
     path, notes = write_recipe(write(tmp_path / "d.jsonl", rows), "org/m", tmp_path / "r.yaml")
     recipe = Recipe.load(path)
     assert recipe.data.task == task and recipe.data.train.label == label
     column = recipe.data.train.image if inputs == "photo" else recipe.data.train.text
     assert column == inputs and recipe.measure.metric == metric
     assert f"so the task is {task}" in notes[1]
+
+
+def test_pictures_that_do_not_open_are_named(tmp_path: Path) -> None:
+    images = pictures(tmp_path / "images", 12)
+    (images / "light" / "3.png").write_bytes(b"<html>")
+    path, notes = write_recipe(images, "org/model", tmp_path / "one.yaml")
+    assert "pictures: 24 of 24 opened" in notes
+    assert any("1 row cannot be used" in n and "light/3.png: not an image" in n for n in notes)
+    assert Recipe.load(path).data.bad_rows == "skip"
+    for number in (4, 5, 6):
+        whole = (images / "dark" / f"{number}.png").read_bytes()
+        (images / "dark" / f"{number}.png").write_bytes(whole[:-200])
+    with pytest.raises(DataError, match=r"dark/4.png: .*truncated.*3 more bad rows"):
+        write_recipe(images, "org/model", tmp_path / "four.yaml")
+    assert not (tmp_path / "four.yaml").exists()
 
 
 def test_labels_of_one_class_are_refused_wherever_another_may_stand(tmp_path: Path) -> None:

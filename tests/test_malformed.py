@@ -207,6 +207,7 @@ def as_parquet(**columns: Any) -> bytes:
     return sink.getvalue()
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 TEXTS = [text for text, _ in ROWS]
 LABELS = [label for _, label in ROWS]
 TABLES: dict[str, tuple[str, bytes, str, dict[str, Any]]] = {
@@ -216,12 +217,22 @@ TABLES: dict[str, tuple[str, bytes, str, dict[str, Any]]] = {
     "a header alone": ("a.csv", b"text,label\n", "a.csv has no", {}),
     "a header without its end": ("a.csv", b"text,label", "a.csv has no", {}),
     "NUL bytes": ("a.csv", as_csv("a\0b,positive"), "a.csv line 14", {}),
-    "all NUL": ("a.csv", bytes(200), "a.csv", {}),
-    "a picture": ("a.csv", b"\x89PNG\r\n\x1a\n" + bytes(range(256)), "a.csv", {}),
-    "an archive": ("a.csv", b"PK\x03\x04" + bytes(range(256)), "a.csv", {}),
-    "gzip": ("a.csv", b"\x1f\x8b\x08" + bytes(range(256)), "a.csv", {}),
+    "a header alone, of words": ("a.csv", b"some words", "no rows below its header: some words",
+                                 {}),
+    "all NUL": ("a.csv", bytes(200), "a.csv holds binary data", {}),
+    "a line of noise": ("a.csv", bytes(range(1, 10)) * 90, "a.csv holds binary data", {}),
+    "a picture": ("a.csv", b"\x89PNG\r\n\x1a\n" + bytes(range(256)), "a.csv is a PNG", {}),
+    "an archive": ("a.csv", b"PK\x03\x04" + bytes(range(256)), "packed by zip. Unpack it", {}),
+    "gzip": ("a.jsonl", b"\x1f\x8b\x08" + bytes(range(256)), "packed by gzip. Unpack it", {}),
+    "Parquet as a csv": ("a.csv", as_parquet(text=TEXTS, label=LABELS), "Name it a.parquet", {}),
+    "JSON as a csv": ("a.csv", as_jsonl(), "a.csv holds JSON|Name it a.jsonl", {}),
+    "a web page": ("a.csv", b"<!DOCTYPE html>\n<html></html>\n", "a.csv is a web page", {}),
+    "a pointer as csv": ("a.csv", POINTER, "a.csv is a pointer of Git LFS|git lfs pull", {}),
+    "a pointer as Parquet": ("a.parquet", POINTER, "a.parquet is a pointer|git lfs pull", {}),
     "half of UTF-16": ("a.csv", as_csv().decode().encode("utf-16")[:-1], "a.csv is UTF-16", {}),
-    "UTF-16 without a mark": ("a.csv", as_csv().decode().encode("utf-16-le"), "a.csv", {}),
+    "UTF-16 without a mark": ("a.csv", as_csv().decode().encode("utf-16-le"),
+                              "a.csv is UTF-16LE without|iconv -f UTF-16LE", {}),
+    "UTF-16 the other way": ("a.tsv", as_csv().decode().encode("utf-16-be"), "is UTF-16BE", {}),
     "UTF-32": ("a.csv", as_csv().decode().encode("utf-32"), "a.csv", {}),
     "latin-1": ("a.csv", as_csv("café,positive").decode().encode("latin-1"),
                 "a.csv line 14|UTF-8", {}),
@@ -418,6 +429,7 @@ IMAGES: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "0 bytes"),
     "a web page": (b"<!doctype html><html></html>", "not an image"),
     "JSON": (b'{"error": "not found"}', "not an image"),
+    "a pointer": (POINTER, "not an image but a pointer of Git LFS"),
     "SVG": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
     "PDF": (b"%PDF-1.7\n", "not an image"),
     "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n", "not an image"),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hftl.data.normalization import DECIMAL_COMMA, is_missing_value, normalize_name
 from hftl.data.tables import IMAGE_SUFFIXES
-from hftl.errors import DataError
+from hftl.errors import DataError, join_names
 
 MAX_CLASSES = 50
 MAX_NAME_WORDS = 2
@@ -220,7 +220,7 @@ def _guess_text_columns(name: str, columns: dict[str, list[object]], label: str)
 
 
 def _list_columns(columns: dict[str, list[object]]) -> str:
-    return ", ".join(c if values else f"{c} (empty in every row)" for c, values in columns.items())
+    return join_names(c if values else f"{c} (empty in every row)" for c, values in columns.items())
 
 
 def _count_distinct(values: list[object]) -> int:

@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from hftl.data.encodings import advise_on_encoding
+from hftl.data.file_kinds import refuse_other_format
 from hftl.data.normalization import NUMBER
 from hftl.data.rows import RawRow, find_encoding_fault, normalize_newlines, open_text
-from hftl.errors import DataError, DataWarning
+from hftl.errors import DataError, DataWarning, join_names
 
 QUOTED_CELL = re.compile(r'"(?=.*"".)(?:[^"]|"")*"', re.DOTALL)
 """A cell that a writer of CSV has quoted, and hardly anyone else: it holds doubled quotes alone."""
 OTHER_SEPARATOR = re.compile(r"[^;\t|]+([;\t|])[^;\t|]+(\1[^;\t|]+)*")
 """A header of one cell that another separator would cut into columns."""
+JSON_STARTS = ('{"', "[{", '["')
 TSV_RULE = "in a .tsv a quote is text and every line a row"
 PROFILED_ROWS = 5000
 """Rows from which a column's profile is taken."""
@@ -40,6 +42,7 @@ def read_csv(path: Path) -> Iterator[RawRow]:
     Raises:
         DataError: if the table has no header, is not valid CSV, or a cell swallowed other rows.
     """
+    refuse_other_format(path)
     separator = find_separator(path)
     if separator == ";":
         message = f"{path.name}: its columns are separated by ';', and are read so"
@@ -59,6 +62,9 @@ def read_csv(path: Path) -> Iterator[RawRow]:
                     yield RawRow(values, index, f"{path.name} line {reader.line_num}", fault)
                     index += 1
                 first_line = reader.line_num + 1
+            if not index:
+                shown = join_names(header)
+                raise DataError(f"{path.name} has no rows below its header: {shown}", "Add some")
         except csv.Error as error:
             last = reader.line_num
             begins = f"; its row begins at line {first_line}" if first_line < last else ""
@@ -98,6 +104,9 @@ def _read_header(path: Path, reader: Any) -> list[str]:
     fault = find_encoding_fault(*header)
     if fault:
         raise DataError(f"{path.name} line 1: {fault}", advise_on_encoding(path))
+    if header[0].startswith(JSON_STARTS):
+        fix = f"Name it {path.stem}.jsonl, one object a line"
+        raise DataError(f"{path.name} holds JSON, not a table with a header", fix)
     other = OTHER_SEPARATOR.fullmatch(header[0])
     if len(header) == 1 and other is not None:
         raise _build_separator_error(path, other[1])

@@ -77,5 +77,5 @@ def format_conversion(path: Path, encoding: str) -> str:
     """Return the command that writes a file anew in UTF-8, beside it."""
     new = path.with_name(f"{path.stem}-utf8{path.suffix}")
     names = (shlex.quote(str(name)) for name in (path, new))
-    likely = "" if encoding == "UTF-32" else f"; it is likely {encoding}"
+    likely = "" if encoding.startswith("UTF") else f"; it is likely {encoding}"
     return f"Save it as UTF-8{likely}: iconv -f {encoding} -t UTF-8 {' > '.join(names)}"

@@ -12,6 +12,7 @@ from typing import Any
 
 from hftl.config.data import Data
 from hftl.data.columns import ColumnGuess, guess_columns, is_given
+from hftl.data.images import ImageDecodeError, decode_image
 from hftl.data.label_parsing import (
     get_value_type,
     list_classes,
@@ -28,6 +29,8 @@ from hftl.plurals import choose_verb, count_noun
 
 MAX_SAMPLE_ROWS = 2000
 """Rows that a guess is made from."""
+MAX_OPENED = 100
+"""Pictures that are opened, spread over the rows: a second or two. `hftl check` opens all."""
 MAX_BAD = 0.1
 """Share of rows that may be left out; of more something is wrong with the guess or the table."""
 FEW_ROWS = 50
@@ -44,6 +47,10 @@ class LabelCounts:
     unlabelled: int = 0
     bad: BadRows = field(default_factory=lambda: BadRows(skip=True))
     names: Counter[str] = field(default_factory=Counter[str])
+    opened: int = 0
+    """Pictures that were decoded."""
+    damaged: int = 0
+    """Of those, how many could not be."""
 
     @property
     def usable(self) -> int:
@@ -61,7 +68,9 @@ class LabelCounts:
 
         Rows without one are no fault of the guess: texts are often labelled in part.
         """
-        return self.bad.count - self.unlabelled > MAX_BAD * (self.rows - self.unlabelled)
+        faults = self.bad.count - self.unlabelled
+        has_many_damaged = self.damaged > MAX_BAD * self.opened
+        return has_many_damaged or faults > MAX_BAD * (self.rows - self.unlabelled)
 
 
 def read_guessed_table(data: Path) -> tuple[ColumnGuess, LabelCounts]:
@@ -79,7 +88,7 @@ def read_guessed_table(data: Path) -> tuple[ColumnGuess, LabelCounts]:
         raise DataError(f"{data.name} has no rows", "Check the file")
     folder = data if data.is_dir() else data.parent
     guess = guess_columns(data.name, [raw.values for raw in rows], folder)
-    counts = _count_labels(data, guess, chain(rows, sound))
+    counts = _count_labels(data, guess, chain(rows, sound), max(1, len(rows) // MAX_OPENED))
     bad.refuse(data)
     if counts.has_many_faults:
         BadRows(fix=bad.fix, count=counts.bad.count, dropped=counts.bad.dropped).refuse(data)
@@ -97,8 +106,16 @@ def _iterate_sound(raws: Iterable[RawRow], bad: BadRows) -> Iterator[RawRow]:
             yield raw
 
 
-def _count_labels(data: Path, guess: ColumnGuess, raws: Iterable[RawRow]) -> LabelCounts:
+def _count_labels(
+    data: Path, guess: ColumnGuess, raws: Iterable[RawRow], every: int
+) -> LabelCounts:
     """Count the labels of rows as `hftl check` names them; targets are no classes.
+
+    Args:
+        data: the table or folder.
+        guess: its columns.
+        raws: its rows.
+        every: the number of rows of which one picture is opened, until `MAX_OPENED` are.
 
     Raises:
         DataError: for labels that check refuses as a whole: of mixed types, or with fractions.
@@ -113,6 +130,10 @@ def _count_labels(data: Path, guess: ColumnGuess, raws: Iterable[RawRow]) -> Lab
         fault = find_row_fault(raw, section.train, section, spec)
         if guess.kind == "image" and not is_given(raw.values.get(guess.inputs[0])):
             fault = f"{guess.inputs[0]} is empty"
+        elif guess.kind == "image" and counts.rows % every == 0 and counts.opened < MAX_OPENED:
+            damage = _find_damage(raw.values[guess.inputs[0]], data, section.max_pixels)
+            counts.opened, counts.damaged = counts.opened + 1, counts.damaged + bool(damage)
+            fault = fault or damage
         if fault:
             counts.bad.note(raw.where, fault)
             counts.unlabelled += not is_given(raw.values.get(guess.label))
@@ -126,6 +147,15 @@ def _count_labels(data: Path, guess: ColumnGuess, raws: Iterable[RawRow]) -> Lab
     if guess.task != "token-classification":
         refuse_fractions(data.name, places)
     return counts
+
+
+def _find_damage(value: object, data: Path, max_pixels: int) -> str | None:
+    """Return why a picture cannot be read, if so."""
+    try:
+        decode_image(value, data if data.is_dir() else data.parent, max_pixels)
+    except ImageDecodeError as error:
+        return str(error)
+    return None
 
 
 def _build_section(data: Path, guess: ColumnGuess) -> Data:

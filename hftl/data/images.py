@@ -33,6 +33,7 @@ from PIL import (
 
 from hftl.data.duplicates import compute_perceptual_hash
 from hftl.data.facts import NarrowCount
+from hftl.data.file_kinds import LFS_POINTER
 from hftl.data.rows import ImageInfo, Levels, RawRow
 from hftl.errors import DataError, DataWarning
 from hftl.runtime.progress import open_bar
@@ -153,6 +154,8 @@ def _find_reader(start: bytes) -> type[ImageFile.ImageFile]:
     for signature, reader in IMAGE_READERS:
         if re.match(signature, start, re.DOTALL):
             return reader
+    if LFS_POINTER.startswith(start):
+        raise ImageDecodeError("not an image but a pointer of Git LFS: git lfs pull")
     raise ImageDecodeError("not an image, or of a format that is not read")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from hftl.config.data import Data, GeneralTable, Table
 from hftl.data.csv_reader import read_csv
+from hftl.data.file_kinds import describe_other_format, refuse_other_format
 from hftl.data.rows import RawRow, has_invalid_utf8, open_text
 from hftl.errors import DataError, HubError, RecipeError, format_error_line
 from hftl.runtime import paths
@@ -37,6 +38,7 @@ SPREADSHEETS = (".xlsx", ".xls", ".xlsm", ".ods", ".numbers")
 
 def read_jsonl(path: Path) -> Iterator[RawRow]:
     """Yield the rows of a file with one JSON object a line."""
+    refuse_other_format(path)
     with open_text(path) as file:
         lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
         columns = None
@@ -93,6 +95,9 @@ def read_parquet(path: Path) -> Iterator[RawRow]:
     except (ArrowInvalid, OSError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
+        other = describe_other_format(path)
+        if other is not None:
+            raise DataError(f"{path.name} {other[0]}", other[1]) from error
         message = format_error_line(error)
         raise DataError(f"{path.name}: not valid Parquet: {message}", "Write it again") from error
     names = file.schema_arrow.names
@@ -121,6 +126,7 @@ def read_parquet(path: Path) -> Iterator[RawRow]:
 
 def read_txt(path: Path) -> Iterator[RawRow]:
     """Yield each line as a row with the column `text`."""
+    refuse_other_format(path, is_table=False)
     with open_text(path) as file:
         for number, line in enumerate(file, 1):
             yield RawRow({"text": line.rstrip("\r\n")}, number - 1, f"{path.name} line {number}")
