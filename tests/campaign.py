@@ -10,6 +10,9 @@ Each run is the whole pipeline of a tiny model, its checkpoints written as often
 run that was cut off is continued by the same command. It must end with the weights, predictions,
 published files and record of a run that was never stopped. Every other one is continued from
 another place than it was begun at.
+
+`--fuzz 10` changes what each loader reads at random for so many minutes of each loader. It must be
+read, or refused in one line.
 """
 # ruff: noqa: E402
 
@@ -289,11 +292,55 @@ class RankCampaign:
         return compare(place, self.expected) if again.wait(600) == 0 else "failed again"
 
 
+class FuzzCampaign:
+    """Change at random what the loaders read.
+
+    Args:
+        minutes: of each loader, shared by what it is tried with.
+        schedule: of all trials.
+    """
+
+    def __init__(self, minutes: float, schedule: Schedule) -> None:
+        from support.fuzzing import LOADERS  # needs hypothesis
+
+        kinds = Counter(name.split()[0] for name in LOADERS)
+        self.seconds = {name: 60 * minutes / kinds[name.split()[0]] for name in LOADERS}
+        self.schedule = schedule
+
+    def run(self) -> None:
+        """Make the trials that are missing."""
+        part, parts = self.schedule.share
+        for name in list(self.seconds)[part - 1 :: parts]:
+            key = (name, self.schedule.seed, 0, 1)
+            if self.schedule.has_time() and not self.schedule.log.has("fuzz", key):
+                self.schedule.log.add("fuzz", self._fuzz(name))
+
+    def _fuzz(self, name: str) -> Trial:
+        """Try a loader in a process of its own, so that its memory is its own."""
+        seed, seconds = self.schedule.seed, self.seconds[name]
+        command = [sys.executable, str(TESTS / "support" / "fuzzing.py"), name, str(seconds),
+                   str(seed)]  # fmt: skip
+        tries, what = 0, f"{seconds:.0f} s"
+        try:
+            ended = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 300)
+        except subprocess.TimeoutExpired:
+            problem = "hangs"
+        else:
+            problem = "" if ended.returncode == 0 else ended.stderr[-2000:]
+            if not problem:
+                found = json.loads(ended.stdout.splitlines()[-1])
+                tries = found["tries"]
+                what += f", slowest {found['slowest']:.1f} s, {found['memory']} MiB"
+        return Trial(recipe=name, seed=seed, number=0, of=1, what=what, problem=problem,
+                     tries=tries)  # fmt: skip
+
+
 def read_options() -> argparse.Namespace:
     """Return what the command line asks for."""
     parser = argparse.ArgumentParser(prog="python -m tests.campaign", description=__doc__)
     for name, count in COUNTS.items():
         parser.add_argument(f"--{name}", type=int, default=count)
+    parser.add_argument("--fuzz", type=float, default=10, help="minutes of each loader")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=["text", "image"], help="of the two recipes")
     parser.add_argument("--minutes", type=float, default=math.inf)
@@ -330,9 +377,11 @@ def main() -> int:
                     campaign.run(kind, counts[kind])
         if schedule.list_missing("ranks", names[0], options.ranks) and schedule.has_time():
             RankCampaign(recipes[names[0]], folder, schedule).run(options.ranks)
-    for kind in COUNTS:
+    if options.fuzz:
+        FuzzCampaign(options.fuzz, schedule).run()
+    for kind in (*COUNTS, "fuzz"):
         trials = [trial for of, trial in log.added if of == kind]
-        print(f"{kind}: {count_identical(trials)} identical")
+        print(f"{kind}: {count_identical(trials)} as promised")
     return int(any(trial.problem for _, trial in log.added))
 
 

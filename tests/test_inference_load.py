@@ -18,15 +18,18 @@ from safetensors.torch import load_file, save_file
 from support.planted_defects import drop, reconfigure, retensor, rewrite, save, wrapped
 from support.published_model import open_context, publish_model, write_data
 from support.tiny import save_tiny, tiny_config, tiny_tokenizer
+from transformers import AutoTokenizer
 
 import hftl
 from hftl import cli
 from hftl.config.recipe import Recipe
+from hftl.config.section import Source
 from hftl.doctor.checks import examine_adapter
-from hftl.errors import HftlError, RunFolderError
+from hftl.errors import DataError, HftlError, RecipeError, RunFolderError
 from hftl.inference import load_predictor
 from hftl.inference.compare import compare_models
 from hftl.inference.predict_table import predict_table
+from hftl.models.source import find_source, load_tokenizer
 
 KINDS = {
     "text": ("bert", "native", "full"), "image": ("vit", "native", "full"),
@@ -229,6 +232,62 @@ def test_any_setting_of_a_published_folder_is_read_or_refused(
                 bugs.append(f"{key} = {value!r}: {error!r} in {frame.name}, line {frame.lineno}")
             (folder / file).write_text(content)
     assert bugs == []
+
+
+TOKENIZER_FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
+    "no JSON of a tokenizer": (
+        "tokenizer.json", lambda tree: tree.update(added_tokens={}), "expected a sequence"),
+    "unknown word without a token": (
+        "tokenizer.json", lambda tree: tree["model"].update(unk_token="none"), "UNK"),
+    "token beyond the vocabulary": (
+        "tokenizer.json",
+        lambda tree: tree["post_processor"]["special_tokens"]["[SEP]"].update(ids=[9999]),
+        "its vocabulary lacks"),
+    "no ids": (
+        "tokenizer_config.json", lambda tree: tree.update(model_input_names=["x"]),
+        "expected names with input_ids"),
+    "no padding": (
+        "tokenizer_config.json", lambda tree: tree.update(pad_token=None), "padding token"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", TOKENIZER_FAULTS)
+def test_tokenizer_that_makes_no_sense_is_refused(
+    fault: str, made: dict[str, Path], tmp_path: Path
+) -> None:
+    file, damage, word = TOKENIZER_FAULTS[fault]
+    folder = Path(shutil.copytree(made["text"], tmp_path / "publish"))
+    tree = json.loads((folder / file).read_text())
+    damage(tree)
+    (folder / file).write_text(json.dumps(tree))
+    with pytest.raises(HftlError, match=word) as caught:
+        hftl.load(folder)
+    assert caught.value.exit_code in (2, 4) and caught.value.fix
+    with pytest.raises(RecipeError, match=word):
+        load_tokenizer(find_source(Source(model=str(folder))))
+
+
+def test_token_that_the_model_does_not_embed_is_refused_by_its_input(
+    made: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(made["text"], tmp_path / "publish"))
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["brandnew"])
+    tokenizer.save_pretrained(folder)
+    model = hftl.load(folder)
+    assert len(model.predict(["ab cd"])) == 1
+    with pytest.raises(DataError, match="input 2: the token 'brandnew' has the number"):
+        model.predict(["ab cd", "brandnew"])
+
+
+def test_weights_that_are_no_numbers_are_named(made: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(made["text"], tmp_path / "publish"))
+    weights = load_file(folder / "model.safetensors")
+    weights["classifier.weight"][0, 0] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(HftlError, match="not finite") as caught:
+        hftl.load(folder).predict(["ab cd"])
+    assert caught.value.exit_code == 6 and "weights" in caught.value.fix
 
 
 @pytest.mark.parametrize("settings", [

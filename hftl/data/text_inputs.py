@@ -183,6 +183,32 @@ def _list_columns(rows: list[Row]) -> list[list[str]]:
     return [list(column) for column in zip(*(row.content for row in rows), strict=True)]
 
 
+def check_embedded(
+    rows: list[Row], encoded: list[EncodedRow], tokenizer: Any, embedded: int
+) -> None:
+    """Refuse a row with a token that a model does not embed.
+
+    Args:
+        rows: the texts.
+        encoded: their token ids.
+        tokenizer: which made them.
+        embedded: the number of tokens that the model embeds.
+
+    Raises:
+        DataError: naming the first such row.
+    """
+    for row, inputs in zip(rows, encoded, strict=True):
+        largest = int(max(inputs["input_ids"]))
+        if largest >= embedded:
+            raise DataError(
+                f"{row.where}: the token {tokenizer.convert_ids_to_tokens(largest)!r} has the "
+                f"number {largest}, and the model embeds {embedded} tokens; its tokenizer has "
+                f"{len(tokenizer)}",
+                "Give a model with embeddings for all tokens (resize_token_embeddings), or with "
+                "its own tokenizer",
+            )
+
+
 def add_labels(batch: dict[str, Tensor], rows: list[EncodedRow]) -> dict[str, Tensor]:
     """Return the batch with its rows' labels stacked, if they have any."""
     if "labels" in rows[0]:

@@ -1,5 +1,7 @@
 """Build the predictor of a finished run or a published folder, local or on a hub."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ from hftl.models.architectures import (
 from hftl.models.encoders import hide_padding
 from hftl.models.model_parts import unwrap_adapter
 from hftl.models.prompt_processor import load_prompt_processor
-from hftl.models.source import BUILD_ERRORS, SourceModel, complete_padding
+from hftl.models.source import BUILD_ERRORS, SourceModel, complete_padding, open_tokenizer
 from hftl.models.timm_architecture import TIMM_WRAPPER
 from hftl.models.timm_processor import build_timm_processor
 from hftl.publish.published_metadata import PublishedInputs, PublishedMetadata
@@ -91,17 +93,20 @@ def build_predictor(
     curves = read_label_curves(folder, metadata, task, names)
     thresholds = read_thresholds(folder, config, task, names)
     hide_padding(model)
-    if isinstance(inputs, TextInputs) and get_config_spec(config).is_causal:
-        # The class finds the last token by it, and an adapter's base may name another, or none.
+    embedded = None
+    if isinstance(inputs, TextInputs):
         stock: Any = unwrap_adapter(model.model)
-        stock.config.pad_token_id = inputs.tokenizer.pad_token_id
+        embedded = stock.get_input_embeddings().num_embeddings
+        if get_config_spec(config).is_causal:
+            # The class finds the last token by it, and an adapter's base may name another, or none.
+            stock.config.pad_token_id = inputs.tokenizer.pad_token_id
     device = get_device()
     label_type = metadata.data.label_type if metadata.data is not None else "text"
     temperature = metadata.calibration.temperature if metadata.calibration is not None else None
     confusion = _read_confusion(metadata, names)
     return Predictor(
         model.to(device), inputs, task, names, columns, device, label_type, temperature, confusion,
-        curves, thresholds, metadata.conformal, metadata.recipe.data.bad_rows,
+        curves, thresholds, metadata.conformal, metadata.recipe.data.bad_rows, embedded,
     )  # fmt: skip
 
 
@@ -162,14 +167,17 @@ def _build_inputs(
     folder: Path, config: Any, task: str, published: PublishedInputs
 ) -> tuple[TextInputs | ImageInputs, list[str]]:
     """Build what encodes the model's inputs, and name the columns of a table that hold them."""
-    from transformers import AutoImageProcessor, AutoTokenizer
+    from transformers import AutoImageProcessor
 
     if get_config_spec(config).modality == "image":
         if config.model_type == TIMM_WRAPPER:
             with wrap_loading_errors(folder, BUILD_ERRORS):
                 processor: Any = build_timm_processor(config)
         else:
-            processor = _load_processor(AutoImageProcessor, folder, backend="pil")
+            open_processor = partial(
+                AutoImageProcessor.from_pretrained, backend="pil", trust_remote_code=False
+            )
+            processor = _load_processor(open_processor, folder, "image processor")
         data = Data(train=Table(path="."), max_pixels=published.max_pixels)
         columns, patch = [published.train.image], get_patch_size(config)
         if get_config_spec(config).image_sizes == "patches":
@@ -177,8 +185,12 @@ def _build_inputs(
         arguments = build_position_arguments(config, get_image_size(processor))
         return ImageInputs(data, processor, arguments, patch), columns
     inputs_class = WordInputs if task == "token-classification" else TextInputs
-    tokenizer: Any = _load_processor(AutoTokenizer, folder)
+    tokenizer = _load_processor(open_tokenizer, folder, "tokenizer")
     complete_padding(tokenizer, config)
+    if tokenizer.pad_token_id is None:
+        raise build_loading_error(
+            folder, "its tokenizer has no padding token (pad_token in tokenizer_config.json)"
+        )
     text = published.train.text
     columns = [text] if isinstance(text, str) else text
     return inputs_class(tokenizer, min(published.max_length, get_max_tokens(config))), columns
@@ -211,22 +223,26 @@ def _build_prompted_inputs(
     return inputs, [published.train.image, *([str(text)] if TEXT_PLACE in prompt else [])]
 
 
-def _load_processor(auto_class: Any, folder: Path, **options: Any) -> Any:
+def _load_processor(open_one: Callable[[Path], Any], folder: Path, kind: str) -> Any:
     """Load the folder's own tokenizer or processor.
+
+    Args:
+        open_one: returns that of a folder.
+        folder: of the model.
+        kind: the words for it.
 
     Raises:
         RecipeError: if it has none.
         RunFolderError: if its settings are of another shape.
     """
-    try:
-        with wrap_loading_errors(folder, (TypeError, LookupError, AttributeError, RuntimeError)):
-            return auto_class.from_pretrained(folder, trust_remote_code=False, **options)
-    except (ImportError, OSError, ValueError) as error:
-        # OSError for a file that is missing or no JSON, ValueError for an unknown class,
-        # ImportError for a class that needs a package which is not installed.
-        raise RecipeError(
-            f"{paths.get_display_name(folder)} has no usable "
-            f"{auto_class.__name__.removeprefix('Auto')}: "
-            f"{format_error_line(error)}",
-            "Give a folder that hftl published, or save it beside the model",
-        ) from error
+    with wrap_loading_errors(folder, BUILD_ERRORS):
+        try:
+            return open_one(folder)
+        except (ImportError, OSError, ValueError) as error:
+            # OSError for a file that is missing or no JSON, ValueError for an unknown class,
+            # ImportError for a class that needs a package which is not installed.
+            raise RecipeError(
+                f"{paths.get_display_name(folder)} has no usable {kind}: "
+                f"{format_error_line(error)}",
+                "Give a folder that hftl published, or save it beside the model",
+            ) from error

@@ -23,7 +23,7 @@ from hftl.data.labels import decode_logits
 from hftl.data.load import find_text_fault
 from hftl.data.prompted_inputs import PromptedInputs
 from hftl.data.rows import Levels, Row, has_invalid_utf8, normalize_newlines
-from hftl.data.text_inputs import EncodedRow, TextInputs
+from hftl.data.text_inputs import EncodedRow, TextInputs, check_embedded
 from hftl.errors import DataError
 from hftl.inference.published_scores import find_set_quantile, list_set_members
 from hftl.measure.facts import LabelCurve
@@ -86,6 +86,8 @@ class Predictor:
     """Makes prediction sets; None where the model does not say."""
     bad_rows: BadRowsRule = "refuse"
     """What its training did with rows that could not be read."""
+    embedded_tokens: int | None = None
+    """The number of tokens that the model embeds; None for images."""
 
     @property
     def modality(self) -> Modality:
@@ -138,7 +140,10 @@ class Predictor:
         rows = [self._build_row(place, value) for place, value in named]
         tokens = self.task == "token-classification"
         words = [len(row.content) if tokens else 1 for row in rows]
-        return list(zip(self.inputs.encode(rows), words, strict=True))
+        encoded = self.inputs.encode(rows)
+        if self.embedded_tokens is not None:
+            check_embedded(rows, encoded, self.inputs.tokenizer, self.embedded_tokens)
+        return list(zip(encoded, words, strict=True))
 
     def predict_encoded(
         self, encoded: list[Encoded], coverage: float | None = None

@@ -133,7 +133,10 @@ def run_batches(
             watchdog.beat()
     parts = distributed.gather_values((is_finite, computed))
     if not all(is_finite for is_finite, _ in parts):
-        raise NumericError("the model's outputs are not finite", "Lower the learning rate")
+        raise NumericError(
+            "the model's outputs are not finite",
+            "Lower the learning rate, or give a source or model whose weights are sound",
+        )
     merged = {number: value for _, part in parts for number, value in part.items()}
     return [merged[number] for number in range(len(encoded))]
 

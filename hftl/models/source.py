@@ -143,18 +143,19 @@ def _refuse_foreign_settings(name: str, folder: Path) -> None:
 
 # Loading meets files of anybody's: the libraries check little, and each call fails in its own way.
 BUILD_ERRORS = (
-    ValueError, TypeError, LookupError, AttributeError, RuntimeError, re.error,
-    StrictDataclassError,
+    ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError,
+    AssertionError, re.error, StrictDataclassError,
 )  # fmt: skip
 """What transformers and peft raise on settings that fit no model.
 
 A class of transformers: AttributeError for a key that config.json lacks, TypeError for a value of
 another type, KeyError for an unknown activation, ValueError for sizes that do not divide,
-RuntimeError for sizes that torch refuses, StrictDataclassError for a key of config.json that is of
-another type than its class declares. A config, tokenizer or processor: TypeError and
-AttributeError where its JSON is no mapping, RecursionError where it is nested too deep. peft:
-ValueError for targets that match nothing, KeyError for an unknown peft_type, IndexError for layers
-that the model lacks, re.error for a pattern.
+RuntimeError for sizes that torch refuses, ArithmeticError for sizes of 0 or above any number,
+AssertionError for a padding token that is not embedded, StrictDataclassError for a key of
+config.json that is of another type than its class declares. A config, tokenizer or processor:
+TypeError and AttributeError where its JSON is no mapping, RecursionError where it is nested too
+deep. peft: ValueError for targets that match nothing, KeyError for an unknown peft_type, IndexError
+for layers that the model lacks, re.error for a pattern.
 """
 TENSOR_FILE_ERRORS = (SafetensorError, OSError)
 """What `safe_open` raises on a file that is cut short, or cannot be read."""
@@ -179,6 +180,45 @@ def describe_load_error(error: Exception) -> str:
     return format_error_line(error)
 
 
+UNKNOWN_WORD = "\U00013000\u1400\ua900\U000103a0"
+"""Letters of four scripts, not all of which a vocabulary has."""
+
+
+class TokenizerErrors:
+    """Raise what the tokenizers library raises as ValueError: `Exception` itself, or a panic."""
+
+    def __enter__(self) -> None:
+        """Begin."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: Any, _: object) -> None:
+        """Raise the error, if it is of no class of Python's or ours."""
+        # Rust's panics are BaseExceptions of a class that cannot be imported.
+        if kind is not None and (kind is Exception or kind.__name__ == "PanicException"):
+            raise ValueError(f"tokenizer.json: {error}") from error
+
+
+def open_tokenizer(folder: Path) -> Any:
+    """Return the tokenizer of a folder as it is saved, if it encodes any text.
+
+    Raises:
+        ValueError: if its files make no sense; or others of `CONFIG_ERRORS`.
+    """
+    from transformers import AutoTokenizer
+
+    with TokenizerErrors():
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        # Some need a token for what they do not know, and fail at the first such text without one.
+        ids = tokenizer(UNKNOWN_WORD)["input_ids"]
+    names = tokenizer.model_input_names
+    if "input_ids" not in names or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"tokenizer_config.json: model_input_names is {names!r}, expected names with input_ids"
+        )
+    if None in tokenizer.convert_ids_to_tokens(ids):
+        raise ValueError("tokenizer.json: it adds a token to a text that its vocabulary lacks")
+    return tokenizer
+
+
 def load_tokenizer(source: SourceModel) -> Any:
     """Return the source's own tokenizer, which pads on the right and gives the attention mask.
 
@@ -191,12 +231,10 @@ def load_tokenizer(source: SourceModel) -> Any:
     Raises:
         RecipeError: if the checkpoint ships none, or one that cannot pad.
     """
-    from transformers import AutoTokenizer
-
     fix = "Save the tokenizer beside the model"
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
-    except (OSError, *BUILD_ERRORS) as error:
+        tokenizer = open_tokenizer(source.folder)
+    except CONFIG_ERRORS as error:
         raise RecipeError(
             f"source.model: {source.name} has no usable tokenizer: {format_error_line(error)}",
             fix,

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from hftl.adapt.encoder_io import set_trainable
 from hftl.config.recipe import Arm, Recipe
-from hftl.data.text_inputs import EncodedRow, TextInputs
-from hftl.errors import DataError, HftlError, RecipeError, format_error_line, is_out_of_memory
+from hftl.data.text_inputs import EncodedRow, TextInputs, check_embedded
+from hftl.errors import HftlError, RecipeError, format_error_line, is_out_of_memory
 from hftl.finetune.context import ExperimentContext
 from hftl.finetune.trainable import apply_strategy
 from hftl.finetune.zero_shot import check_zero_shot
@@ -155,16 +155,7 @@ def check_tokens(context: ExperimentContext, built: LoadedModel) -> None:
     if max(tokenizer.get_vocab().values()) < embedded:
         return
     for rows in context.prepared.rows.values():
-        for row, encoded in zip(rows, context.encode_rows(rows), strict=True):
-            largest = max(encoded["input_ids"])
-            if largest >= embedded:
-                token = tokenizer.convert_ids_to_tokens(largest)
-                raise DataError(
-                    f"{row.where}: the token {token!r} has the number {largest}, and the source "
-                    f"model embeds {embedded} tokens; its tokenizer has {len(tokenizer)}",
-                    "Save the source model with embeddings for all tokens "
-                    "(resize_token_embeddings), or with its own tokenizer",
-                )
+        check_embedded(rows, context.encode_rows(rows), tokenizer, embedded)
 
 
 def _check_segments(context: ExperimentContext, rows: list[EncodedRow]) -> None:
