@@ -328,9 +328,9 @@ class FuzzCampaign:
         else:
             problem = "" if ended.returncode == 0 else ended.stderr[-2000:]
             if not problem:
-                found = json.loads(ended.stdout.splitlines()[-1])
-                tries = found["tries"]
-                what += f", slowest {found['slowest']:.1f} s, {found['memory']} MiB"
+                result = json.loads(ended.stdout.splitlines()[-1])
+                tries = result["tries"]
+                what += f", slowest {result['slowest']:.1f} s, {result['memory']} MiB"
         return Trial(recipe=name, seed=seed, number=0, of=1, what=what, problem=problem,
                      tries=tries)  # fmt: skip
 
