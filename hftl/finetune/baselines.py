@@ -71,6 +71,41 @@ def solve_arm(context: ExperimentContext, arm: Arm, seed: int) -> ArmOutput:
     return SOLVERS[arm.strategy](context, arm.finetune, seed)
 
 
+@dataclass(frozen=True)
+class _ScratchTrials:
+    """Try learning rates of scratch; fields as of `search_rate`."""
+
+    context: ExperimentContext
+    finetune: Finetune
+    search: Search
+    seed: int
+    say: Callable[[str], None]
+    attempt: RateAttempt
+
+    def try_given_rate(self, rate: float) -> TriedRate:
+        """Try one of the recipe's rates over a share of the budget."""
+        number, count = self.search.learning_rates.index(rate) + 1, len(self.search.learning_rates)
+        return self.try_rate(rate, SEARCH_SHARE, f"rate {rate:.3g} ({number} of {count})")
+
+    def try_rate(self, rate: float, share: float, title: str) -> TriedRate:
+        """Return what a rate has come to over a share of the budget."""
+        make = partial(self._make_trial, rate, share, f"scratch: {title}")
+        return self.attempt(rate, share, make)
+
+    def _make_trial(
+        self, rate: float, share: float, title: str, checkpoints: CheckpointSpec | None
+    ) -> Trial:
+        """Try one rate over a share of the budget; report its score on validation, and seconds."""
+        started = time.perf_counter()
+        with show_activity(title):
+            trial = _score_rate(
+                self.context, self.finetune, self.search, rate, share, self.seed, checkpoints
+            )
+        outcome = _describe_outcome(self.context.prepared.task, trial.score)
+        self.say(f"  {title}: {outcome}, {time.perf_counter() - started:.0f} s")
+        return trial
+
+
 def search_rate(
     context: ExperimentContext, finetune: Finetune, search: Search, seed: int,
     say: Callable[[str], None] = lambda line: None,
@@ -92,22 +127,16 @@ def search_rate(
     Raises:
         NumericError: if every rate diverges.
     """
-    tried: list[TriedRate] = []
+    trials = _ScratchTrials(context, finetune, search, seed, say, attempt)
+    tried = [trials.try_given_rate(rate) for rate in search.learning_rates]
     beyond: list[float] = []
-    for rate in search.learning_rates:
-        tried.append(try_given_rate(context, finetune, search, rate, seed, say, attempt))
     best = _select_rate(context.prepared.task, tried)
     while len(beyond) < MAX_EXTRA_RATES and (rate := propose_rate(tried, best)) is not None:
-        title = f"scratch: rate {rate:.3g} (added, as {best:.3g} was best, at the end)"
-        make = partial(_try_rate, context, finetune, search, rate, SEARCH_SHARE, seed, title, say)
-        tried.append(attempt(rate, SEARCH_SHARE, make))
+        title = f"rate {rate:.3g} (added, as {best:.3g} was best, at the end)"
+        tried.append(trials.try_rate(rate, SEARCH_SHARE, title))
         beyond.append(rate)
         best = _select_rate(context.prepared.task, tried)
-    make = partial(
-        _try_rate, context, finetune, search, best, 1.0, seed,
-        f"scratch: rate {best:.3g} over the whole budget", say,
-    )  # fmt: skip
-    whole = attempt(best, 1.0, make)
+    whole = trials.try_rate(best, 1.0, f"rate {best:.3g} over the whole budget")
     part = next(row for row in tried if row.learning_rate == best)
     return ScratchSearch(
         learning_rate=best,
@@ -124,10 +153,7 @@ def try_given_rate(
     say: Callable[[str], None], attempt: RateAttempt,
 ) -> TriedRate:  # fmt: skip
     """Try one of the recipe's learning rates; arguments as of `search_rate`."""
-    number, count = search.learning_rates.index(rate) + 1, len(search.learning_rates)
-    title = f"scratch: rate {rate:.3g} ({number} of {count})"
-    make = partial(_try_rate, context, finetune, search, rate, SEARCH_SHARE, seed, title, say)
-    return attempt(rate, SEARCH_SHARE, make)
+    return _ScratchTrials(context, finetune, search, seed, say, attempt).try_given_rate(rate)
 
 
 def propose_rate(tried: list[TriedRate], best: float) -> float | None:
@@ -138,19 +164,6 @@ def propose_rate(tried: list[TriedRate], best: float) -> float | None:
         return None
     edge, inner = (rates[0], rates[1]) if best == rates[0] else (rates[-1], rates[-2])
     return float(f"{edge * edge / inner:.6g}")
-
-
-def _try_rate(
-    context: ExperimentContext, finetune: Finetune, search: Search, rate: float, share: float,
-    seed: int, title: str, say: Callable[[str], None], checkpoints: CheckpointSpec | None,
-) -> Trial:  # fmt: skip
-    """Try one rate over a share of the budget, and report its score on validation, and seconds."""
-    started = time.perf_counter()
-    with show_activity(title):
-        trial = _score_rate(context, finetune, search, rate, share, seed, checkpoints)
-    outcome = _describe_outcome(context.prepared.task, trial.score)
-    say(f"  {title}: {outcome}, {time.perf_counter() - started:.0f} s")
-    return trial
 
 
 def _score_rate(
