@@ -331,6 +331,16 @@ def test_check_warns_of_few_steps(
     assert not check_corpora(longer, bench_of(longer)), "the rows that are not read count, too"
 
 
+def test_check_of_an_adaptation_alone_says_where_texts_are_cut(
+    tiny_model: Tiny, table: Path
+) -> None:
+    tree = build_tree(tiny_model(), table, ADAPT)
+    tree["data"] |= {"task": None, "max_length": 999}
+    tree["measure"] = {"arms": []}
+    _, report = check_recipe(parse(tree))
+    assert any("data.max_length=999 is above" in line for line in report["warnings"])
+
+
 def test_check_counts_the_pictures_of_a_corpus_that_it_reads_in_part(
     image_folder: Path, tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -142,6 +142,7 @@ RECIPES: dict[str, tuple[str, str]] = {
     "steps below 0": (HEAD + "finetune: {training: {eval_steps: -2}}\n", "eval_steps"),
     "a compiler of no name": (HEAD + "finetune: {training: {torch_compile_mode: fast}}\n",
                               "torch_compile_mode must be null or default"),
+    "a length of no model": (HEAD.replace("a.csv", "a.csv, max_length: 1e9"), "data.max_length"),
     "400 digits": (HEAD + f"finetune: {{training: {{num_train_epochs: {10**400}}}}}\n",
                    "num_train_epochs must be|got 1000"),
     "password in a URL": (HEAD.replace("a.csv", "'https://me:word@host/a.csv'"), "secret"),

@@ -98,12 +98,8 @@ def check_lengths(run: PreflightContext) -> Iterator[str | Finding]:
     if run.prepared.modality == "image":
         return
     sizes, max_length = run.sizes, run.recipe.data.max_length
+    yield from warn_of_positions(run.recipe, run.source)
     limit = get_max_tokens(run.source.config)
-    if max_length > limit:
-        yield (
-            f"data.max_length={max_length} is above the source model's positions; texts are cut at "
-            f"{limit} tokens"
-        )
     if sizes["truncated"] > MAX_TRUNCATED:
         yield Finding(
             kind="long inputs",
@@ -118,6 +114,18 @@ def check_lengths(run: PreflightContext) -> Iterator[str | Finding]:
             what=f"{sizes['unknown_tokens']:.1%} of the tokens are unknown to the tokenizer",
             confidence="certain",
             fix="does it fit the language and the casing?",
+        )
+
+
+def warn_of_positions(recipe: Recipe, source: SourceModel) -> Iterator[str]:
+    """Warn of a length of texts that the source cannot read."""
+    if source.architecture_spec.modality != "text":
+        return
+    limit, max_length = get_max_tokens(source.config), recipe.data.max_length
+    if max_length > limit:
+        yield (
+            f"data.max_length={max_length} is above the source model's positions; texts are cut at "
+            f"{limit} tokens"
         )
 
 

@@ -110,7 +110,7 @@ class Data(Section):
     shots: int | None = Field(default=None, ge=1)
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
     bad_rows: BadRowsRule = "refuse"
-    max_length: int = Field(default=128, ge=2)
+    max_length: int = Field(default=128, ge=2, le=10_000_000)
     image_size: int | None = Field(default=None, ge=1, le=4096)
     augment: Literal["none", "light"] = "none"
     max_pixels: int = Field(default=40_000_000, ge=1)

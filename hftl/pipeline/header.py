@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from hftl import console
+from hftl.analysis.check import warn_of_positions
 from hftl.config.recipe import Arm, Recipe
 from hftl.data.facts import PreparedFacts
 from hftl.finetune.context import ExperimentContext
@@ -35,6 +36,8 @@ def announce_run(run: Run, context: ExperimentContext, measures: bool) -> None:
     ]
     if not run.arms:
         run.say(console.format_header(build_adaptation_header(run.recipe, context)))
+        for warning in warn_of_positions(run.recipe, context.source):
+            run.say(f"  warning: {warning}")
     if not missing:
         return
     run.say(console.format_header(build_header(run.recipe, context, missing, measures)))

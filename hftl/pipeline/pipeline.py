@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from hftl import console
+from hftl.analysis.check import warn_of_positions
 from hftl.analysis.source_faults import multiply_fast
 from hftl.config.recipe import Recipe
 from hftl.data import image_inputs
@@ -223,7 +224,7 @@ def check_recipe(recipe: Recipe, baseline: bool = False) -> tuple[dict[str, str]
     """
     context, arms = open_recipe(recipe), recipe.arms
     if not arms:
-        warnings = check_corpora(recipe, context)
+        warnings = [*warn_of_positions(recipe, context.source), *check_corpora(recipe, context)]
         return build_adaptation_header(recipe, context), CheckFacts(warnings=warnings)
     if recipe.data.general is not None:
         data = pin_revisions(recipe.data, context.prepared.facts.hub_revisions)
