@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 from hftl.config.adapt import Adapt
 from hftl.config.recipe import Recipe
 from hftl.pipeline.objectives import warn_of_small_corpus
-from hftl.train.steps import count_training_steps
+from hftl.train.steps import count_training_steps, warn_of_late_evaluation
 
 
 @pytest.mark.parametrize("rows", [1, 7, 96])
@@ -42,6 +42,14 @@ def list_warnings(recipe_tree: dict[str, Any], warmup: float, **finetune: Any) -
     return [warning for warning in facts.warnings if "warmup_steps" in warning]
 
 
+def test_an_evaluation_after_the_end_is_named() -> None:
+    training: dict[str, Any] = {"eval_delay": 6}
+    (warning,) = warn_of_late_evaluation(training, 5, "lora")
+    assert "eval_delay=6 is more than the 5 epochs of lora" in warning
+    assert not [*warn_of_late_evaluation(training, 6, "lora")]
+    assert not [*warn_of_late_evaluation(training | {"eval_strategy": "steps"}, 5, "lora")]
+
+
 def test_a_warm_up_longer_than_the_training_is_named(recipe_tree: dict[str, Any]) -> None:
     # 96 rows in batches of 8.
     first, second = list_warnings(recipe_tree, 500)
@@ -51,6 +59,15 @@ def test_a_warm_up_longer_than_the_training_is_named(recipe_tree: dict[str, Any]
     assert not list_warnings(recipe_tree, 500, training={"lr_scheduler_type": "constant"})
     for fits in (0, 0.5, 1, 4):
         assert not list_warnings(recipe_tree, fits)
+
+
+def test_a_rate_that_is_high_for_adapters_is_named(recipe_tree: dict[str, Any]) -> None:
+    recipe_tree["measure"] = {"seeds": [0], "arms": ["scratch", "head"]}
+    recipe_tree["finetune"]["training"]["learning_rate"] = 3.0
+    recipe = Recipe.parse(recipe_tree)
+    facts = bench_of(recipe).run_preflight(recipe, recipe.arms)
+    assert [w for w in facts.warnings if "learning rate 3 is high for lora" in w]
+    assert not [w for w in facts.warnings if "scratch" in w]
 
 
 def test_a_warm_up_longer_than_an_adaptation_is_named() -> None:

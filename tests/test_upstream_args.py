@@ -73,13 +73,13 @@ def test_a_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
 REFUSED = {
     "gradient_accumulation_steps": [0, -1], "adam_beta1": [-0.1, 1.0], "adam_beta2": [-0.1, 1.0],
     "adam_epsilon": [-1e-8], "per_device_train_batch_size": [0], "per_device_eval_batch_size": [0],
-    "eval_accumulation_steps": [0], "dataloader_num_workers": [-1],
+    "eval_accumulation_steps": [0], "dataloader_num_workers": [-1, 100_000], "local_rank": [1],
     "dataloader_prefetch_factor": [0], "dataloader_persistent_workers": [True],
     "label_smoothing_factor": [-1, 1.0], "weight_decay": [-0.01], "max_grad_norm": [-1],
     "warmup_steps": [-1], "max_steps": [0, -2], "log_level": ["foo"], "log_level_replica": ["foo"],
     "train_sampling_strategy": ["foo"], "parallelism_config": [5, 0, {}],
     "torch_compile_mode": ["foo"], "logging_steps": [-5], "eval_steps": [-0.5], "eval_delay": [-1],
-    "save_steps": [-1], "ddp_timeout": [0], "torch_empty_cache_steps": [0],
+    "save_steps": [-1], "ddp_timeout": [0], "ddp_backend": ["foo"], "torch_empty_cache_steps": [0],
 }  # fmt: skip
 ALLOWED = {
     "adam_beta1": 0, "adam_epsilon": 0, "label_smoothing_factor": 0.99, "weight_decay": 0,
@@ -128,6 +128,7 @@ def test_arguments_of_an_optimizer_are_pairs(tmp_path: Path) -> None:
         ({"optim": "sgd", "optim_args": "momentum=-1"}, "Invalid momentum.* Correct optim_args"),
         ({"optim": "sgd", "optim_args": "momentum=much"}, "to float.* Correct optim_args"),
         ({"optim": "sgd", "optim_args": "nesterov=true"}, "requires a momentum"),
+        ({"use_liger_kernel": True}, "use_liger_kernel=true: its package is not installed"),
         ({"fp16": True}, "fp16=true needs an accelerator"),
     ],
 )  # fmt: skip

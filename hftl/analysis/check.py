@@ -8,6 +8,7 @@ in which warnings are shown.
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from hftl.analysis.fingerprints import FINGERPRINT_CHECKS
 from hftl.analysis.row_faults import MAX_PLACES, ROW_CHECKS
@@ -24,7 +25,11 @@ from hftl.models.source import SourceModel
 from hftl.plurals import choose_verb, count_noun
 from hftl.runtime.distributed import get_world_size
 from hftl.train.facts import CheckFacts, Finding
-from hftl.train.steps import count_training_steps, warn_of_long_warmup
+from hftl.train.steps import (
+    count_training_steps,
+    warn_of_late_evaluation,
+    warn_of_long_warmup,
+)
 
 SAMPLED_ROWS = 2000
 """Training rows that lengths are measured on, at most."""
@@ -38,6 +43,8 @@ WORD_PREDICTORS = ("ForMaskedLM", "ForPreTraining", "ForCausalLM")
 """The ends of the names of classes that predict words."""
 MAX_LEARNING_RATE = 2e-4
 """Above this, full and partial fine-tuning of a pretrained encoder mostly diverges."""
+HUGE_RATE = 0.02
+"""Above this, adapters and heads do so."""
 
 
 @dataclass(frozen=True)
@@ -166,28 +173,35 @@ def check_learning_rates(run: PreflightContext) -> Iterator[str]:
                 f"learning rate {rate:g} is high for {arm.strategy} fine-tuning; 1e-5 to 1e-4 is "
                 "usual"
             )
+        elif not arm.spec.is_solved and arm.spec.schedule != "rate_search" and rate > HUGE_RATE:
+            yield f"learning rate {rate:g} is high for {arm.name}; 1e-4 to 2e-3 is usual"
 
 
-def check_warmup(run: PreflightContext) -> Iterator[str]:
-    """Warn of a warm-up that is longer than an arm's training, or than a phase of it."""
-    recipe = run.recipe
-    rows = len(run.prepared.draw_train_rows(recipe.data.shots, recipe.measure.seeds[0]))
+def check_lengths_of_training(run: PreflightContext) -> Iterator[str]:
+    """Warn of warm-ups and first evaluations that come after the end of a training."""
+    rows = len(run.prepared.draw_train_rows(run.recipe.data.shots, run.recipe.measure.seeds[0]))
     for arm in run.arms:
         if arm.spec.is_solved:
             continue
-        training, what = arm.finetune.training, arm.name
-        epochs = training["num_train_epochs"]
-        if arm.spec.schedule == "phases":
-            epochs, what = arm.finetune.gradual.epochs, f"a phase of {what}"
-        elif arm.spec.schedule == "rate_search":
-            share = recipe.measure.scratch.epochs_factor * SEARCH_SHARE
-            most = training.get("max_steps", -1)
-            training = training | ({"max_steps": max(1, round(most * share))} if most > 0 else {})
-            epochs, what = epochs * share, f"a rate that {what} tries"
-        steps = count_training_steps(training, rows, epochs, processes=get_world_size())
-        warning = warn_of_long_warmup(training, steps, "finetune", what)
-        if warning:
-            yield warning
+        training, epochs, what = _find_shortest_training(run.recipe, arm)
+        world = get_world_size()
+        steps = count_training_steps(training, rows, epochs, processes=world)
+        an_epoch = count_training_steps(training | {"max_steps": -1}, rows, 1, processes=world)
+        yield from warn_of_long_warmup(training, steps, "finetune", what)
+        yield from warn_of_late_evaluation(training, steps / an_epoch, what)
+
+
+def _find_shortest_training(recipe: Recipe, arm: Arm) -> tuple[dict[str, Any], float, str]:
+    """Return the arguments of an arm's shortest training, its epochs, and what it is."""
+    training, epochs = arm.finetune.training, arm.finetune.training["num_train_epochs"]
+    if arm.spec.schedule == "phases":
+        return training, arm.finetune.gradual.epochs, f"a phase of {arm.name}"
+    if arm.spec.schedule != "rate_search":
+        return training, epochs, arm.name
+    share = recipe.measure.scratch.epochs_factor * SEARCH_SHARE
+    most = training.get("max_steps", -1)
+    training = training | ({"max_steps": max(1, round(most * share))} if most > 0 else {})
+    return training, epochs * share, f"a rate that {arm.name} tries"
 
 
 def check_zero_shot_source(run: PreflightContext) -> Iterator[str]:
@@ -265,7 +279,7 @@ CHECKS: tuple[Check, ...] = (
     check_test_rows,
     check_labels,
     check_learning_rates,
-    check_warmup,
+    check_lengths_of_training,
     check_zero_shot_source,
     check_public_id,
     check_dropped_rows,

@@ -45,7 +45,7 @@ COMMON_ALIASES = {
 
 RESERVED_ARGS = (
     "seed", "data_seed", "output_dir", "push_to_hub", "resume_from_checkpoint", "use_cpu",
-    "disable_tqdm", "remove_unused_columns", "label_names",
+    "disable_tqdm", "remove_unused_columns", "label_names", "local_rank",
 )  # fmt: skip
 RESERVED_DATA_ARGS = (
     "dataloader_drop_last", "prediction_loss_only", "batch_eval_metrics", "eval_do_concat_batches",

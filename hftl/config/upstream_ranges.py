@@ -56,7 +56,9 @@ class Range:
 
 
 POSITIVE, COUNT = Range(above=0), Range(above=0, whole=True)
-NOT_NEGATIVE, COUNT_OR_NONE = Range(least=0), Range(least=0, whole=True)
+NOT_NEGATIVE = Range(least=0)
+WORKERS = Range(least=0, most=1024, whole=True)
+"""Processes that read data; each takes memory."""
 SHARE = Range(least=0, below=1)
 ALPHA = Range(above=0, most=1e6)
 """Of LoRA: beyond, the update of a layer is no number in fp32."""
@@ -66,7 +68,7 @@ TRAINING_RANGES = {
     "max_steps": Range(above=0, whole=True, also=-1),
     "per_device_train_batch_size": COUNT, "per_device_eval_batch_size": COUNT,
     "gradient_accumulation_steps": COUNT, "eval_accumulation_steps": COUNT,
-    "dataloader_num_workers": COUNT_OR_NONE, "dataloader_prefetch_factor": COUNT,
+    "dataloader_num_workers": WORKERS, "dataloader_prefetch_factor": COUNT,
     "adam_beta1": SHARE, "adam_beta2": SHARE, "adam_epsilon": NOT_NEGATIVE,
     "weight_decay": NOT_NEGATIVE, "max_grad_norm": NOT_NEGATIVE, "warmup_steps": NOT_NEGATIVE,
     "label_smoothing_factor": SHARE,
@@ -85,6 +87,7 @@ TRAINING_CHOICES: Mapping[str, tuple[str | None, ...]] = {
     "log_level_replica": LOG_LEVELS,
     "train_sampling_strategy": ("random", "sequential", "group_by_length", "batch_rebalance"),
     "dataloader_multiprocessing_context": (None, "fork", "spawn", "forkserver"),
+    "ddp_backend": (None, "nccl", "gloo", "mpi", "xccl", "hccl", "cncl", "mccl"),
     "torch_compile_mode": (
         None, "default", "lite", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs",
     ),

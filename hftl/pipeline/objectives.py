@@ -176,7 +176,7 @@ def warn_of_small_corpus(stage: Adapt, rows: int, held_out: int) -> list[str]:
             "adapt.training.num_train_epochs, or a smaller per_device_train_batch_size"
         )
     what = f"{stage.objective} {stage.method}"
-    warnings += filter(None, [warn_of_long_warmup(stage.training, steps, "adapt", what)])
+    warnings += warn_of_long_warmup(stage.training, steps, "adapt", what)
     if held_out < MIN_HELD_OUT:
         warnings.append(
             f"adapt: {count_noun(held_out, unit)} {choose_verb(held_out, 'is')} held out, too few "

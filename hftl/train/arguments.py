@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Mapping
 from copy import copy
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -73,6 +74,11 @@ def build_training_arguments(
     use_one_device(args)
     _check_compiler(section, args)
     _check_reporting(section, args)
+    if args.use_liger_kernel and find_spec("liger_kernel") is None:
+        raise RecipeError(
+            f"{section}.training.use_liger_kernel=true: its package is not installed",
+            "Install it (pip install liger-kernel), or leave it out",
+        )
     _check_scheduler(section, args)
     _check_optimizer(section, args)
     return args

@@ -1,7 +1,7 @@
 """Count the optimizer steps of a training, and warn of a warm-up that outlasts them."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hftl.plurals import count_noun
@@ -32,8 +32,10 @@ def count_training_steps(
     return max(1, math.ceil(an_epoch * epochs))
 
 
-def warn_of_long_warmup(training: Mapping[str, Any], steps: int, section: str, what: str) -> str:
-    """Return a warning where the learning rate never reaches its peak; an empty text elsewhere.
+def warn_of_long_warmup(
+    training: Mapping[str, Any], steps: int, section: str, what: str
+) -> Iterator[str]:
+    """Warn where the learning rate never reaches its peak.
 
     Args:
         training: of the recipe.
@@ -44,8 +46,24 @@ def warn_of_long_warmup(training: Mapping[str, Any], steps: int, section: str, w
     warmup = training.get("warmup_steps") or 0
     # Below 1 it is a share of the steps.
     if warmup <= max(1, steps) or training.get("lr_scheduler_type", "linear") in WITHOUT_WARMUP:
-        return ""
-    return (
+        return
+    yield (
         f"{section}.training.warmup_steps={warmup:g} is more than {count_noun(steps, 'step')} of "
         f"{what}, whose learning rate never reaches its peak; give fewer, or a share such as 0.06"
     )
+
+
+def warn_of_late_evaluation(training: Mapping[str, Any], epochs: float, what: str) -> Iterator[str]:
+    """Warn where the end of no epoch is evaluated; by steps transformers evaluates the last one.
+
+    Args:
+        training: of the recipe's `finetune`.
+        epochs: of the training.
+        what: trains so long: an arm, or a phase of it.
+    """
+    delay = training.get("eval_delay") or 0
+    if delay > epochs and training.get("eval_strategy", "epoch") == "epoch":
+        yield (
+            f"finetune.training.eval_delay={delay:g} is more than the {epochs:g} epochs of {what}: "
+            "nothing is chosen on validation, and the last weights are kept; lower it"
+        )
