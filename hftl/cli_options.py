@@ -25,7 +25,8 @@ Restart = Annotated[bool, typer.Option("--restart", help="throw away what the ru
 def check_run_folder(run: Path) -> Path:
     """Refuse a folder that is not there, before anything heavy is imported."""
     if not run.is_dir():
-        raise RecipeError(f"there is no run folder {run}", "Give the folder that `hftl run` wrote")
+        what = f"{run} is no folder" if run.exists() else f"there is no run folder {run}"
+        raise RecipeError(what, "Give the folder that `hftl run` wrote")
     return run
 
 

@@ -622,6 +622,31 @@ def test_adapter(case: str, local_adapter: Path, hftl: Hftl, tmp_path: Path) -> 
     assert sorted(tmp_path.rglob("*")) == before
 
 
+PLACES = {
+    "": "name is empty", "r.yaml": "r.yaml is no folder", "nowhere": "there is no folder nowhere",
+    "hf://org/x": "is an address|Give the hub id alone: org/x",
+    "https://huggingface.co/org/x/tree/main": "is an address|Give the hub id alone: org/x",
+    "https://host/x.zip": "is an address|Download it", "package:": "names no package",
+    "package:json/x": "'json' has no 'x'",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_place_that_holds_no_model(place: str, hftl: Hftl) -> None:
+    Path("r.yaml").write_text(HEAD)
+    assert_refused(hftl("predict", place, "some words"), 2, PLACES[place])
+    if place:
+        assert_refused(hftl("doctor", place), 2, PLACES[place])
+
+
+def test_folder_that_holds_a_picture_among_texts(local_adapter: Path, hftl: Hftl) -> None:
+    Path("texts", "new").mkdir(parents=True)
+    Path("texts", "new", "a.txt").write_text("some words")
+    Path("texts", "new", "b.md").write_bytes(encode(NOISE))
+    outcome = hftl("predict", local_adapter, "texts")
+    assert_refused(outcome, 3, "b.md: not valid UTF-8|b.md is a PNG picture: remove it")
+
+
 # Records.
 
 TREE = add_forgetting(make_record())

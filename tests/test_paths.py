@@ -89,9 +89,17 @@ def test_package_is_located_without_an_import(package: Path) -> None:
     assert resolve_local_path("package:shipped_model", "source.model") == package
 
 
-@pytest.mark.parametrize("place", ["package:no_such_model/model", "package:", "package:no-word/a"])
+@pytest.mark.parametrize("place", ["package:no_such_model/model", "package:no-word/a"])
 def test_missing_package_is_refused(place: str) -> None:
     with pytest.raises(RecipeError, match=r"^source\.model: the package .* is not installed"):
+        resolve_local_path(place, "source.model")
+
+
+@pytest.mark.parametrize(
+    "place", ["", "a\0b", "package:", "package:/a", "https://host/a", "https:/host/a", "s3://a/b"]
+)
+def test_what_is_no_place_is_refused(place: str) -> None:
+    with pytest.raises(RecipeError, match=r"^source\.model: (its name|package:|.* is an address)"):
         resolve_local_path(place, "source.model")
 
 

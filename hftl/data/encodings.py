@@ -1,4 +1,4 @@
-"""Say which encoding a text file is likely in that is not UTF-8, and how to convert it.
+"""Say which encoding or format a file is in that is not text in UTF-8, and how to convert it.
 
 A mark at the beginning decides between UTF-8 and UTF-16; nothing else is guessed when rows are
 read.
@@ -16,6 +16,21 @@ HALF_CHARACTER = "not valid UTF-8: half a character"
 BAD_BYTE = "not valid UTF-8: byte"
 """Begins the fault of a row with a byte that could not be decoded."""
 WINDOWS, DOS = "cp1252", "cp850"
+START_BYTES = 512
+"""Bytes at the beginning of a file that are looked at."""
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""Begins what a checkout holds of a file whose content was not fetched."""
+PACKED = {
+    b"\x1f\x8b\x08": "gzip", b"PK\x03\x04": "zip", b"BZh91AY&SY": "bzip2", b"\xfd7zXZ\0": "xz",
+    b"(\xb5/\xfd": "zstd", b"7z\xbc\xaf\x27\x1c": "7-Zip",
+}  # fmt: skip
+SIGNATURES = {
+    b"%PDF-": "a PDF", b"\x89PNG\r\n": "a PNG picture", b"\xff\xd8\xff": "a JPEG picture",
+    b"ARROW1\0\0": "an Arrow file",
+    b"SQLite format 3\0": "an SQLite database", b"\x93NUMPY": "an array of NumPy",
+    b"\x80\x04\x95": "a pickle", b"\x80\x05\x95": "a pickle", b"\x7fELF": "a program",
+    b"\xd0\xcf\x11\xe0": "a document of an old Office",
+}  # fmt: skip
 MAX_SHOWN = 40
 """Characters of a word that are shown."""
 
@@ -41,13 +56,36 @@ def _decode_byte(byte: int) -> str:
     return bytes([byte]).decode(WINDOWS, "replace")
 
 
+def describe_other_format(path: Path) -> tuple[str, str] | None:
+    """Return what a file is by its first bytes, and what to do; None where they say nothing."""
+    return describe_start(read_start(path))
+
+
+def describe_start(start: bytes) -> tuple[str, str] | None:
+    """Return what a file with these first bytes is, and what to do; None where they say nothing."""
+    if start.startswith(LFS_POINTER):
+        return "is a pointer of Git LFS, not the file itself", "Fetch it: git lfs pull"
+    for signature, kind in PACKED.items():
+        if start.startswith(signature):
+            return f"is packed by {kind}", "Unpack it"
+    for signature, kind in SIGNATURES.items():
+        if start.startswith(signature):
+            return f"is {kind}", "Name it by what it is, or give another file"
+    return None
+
+
 def advise_on_encoding(path: Path) -> str:
     """Return what to do about a file in which a row could not be decoded.
 
     It is never to skip such rows: they are the ones with letters beyond ASCII. Where other lines
     have such letters in UTF-8, the file is damaged, and a conversion would damage those lines.
     """
-    encoding = _guess_encoding(path) if path.is_file() else None
+    if not path.is_file():
+        return "Correct it"
+    other = describe_other_format(path)
+    if other is not None:
+        return f"{path.name} {other[0]}: remove it, or give another file"
+    encoding = _guess_encoding(path)
     return "Correct it" if encoding is None else format_conversion(path, encoding)
 
 
@@ -71,6 +109,12 @@ def _is_in(line: bytes, encoding: str) -> bool:
     except UnicodeDecodeError:
         return False
     return True
+
+
+def read_start(path: Path) -> bytes:
+    """Return the first bytes of a file."""
+    with open(path, "rb") as file:
+        return file.read(START_BYTES)
 
 
 def format_conversion(path: Path, encoding: str) -> str:

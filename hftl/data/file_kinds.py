@@ -1,26 +1,11 @@
-"""Say what a file is where its content is not of the format that its name says."""
+"""Refuse a file whose content is not text, or not of the format that its name says."""
 
 import re
 from pathlib import Path
 
-from hftl.data.encodings import format_conversion
+from hftl.data.encodings import describe_start, format_conversion, read_start
 from hftl.errors import DataError
 
-START_BYTES = 512
-"""Bytes at the beginning of a file that are looked at."""
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-"""Begins what a checkout holds of a file whose content was not fetched."""
-PACKED = {
-    b"\x1f\x8b\x08": "gzip", b"PK\x03\x04": "zip", b"BZh91AY&SY": "bzip2", b"\xfd7zXZ\0": "xz",
-    b"(\xb5/\xfd": "zstd", b"7z\xbc\xaf\x27\x1c": "7-Zip",
-}  # fmt: skip
-SIGNATURES = {
-    b"%PDF-": "a PDF", b"\x89PNG\r\n": "a PNG picture", b"\xff\xd8\xff": "a JPEG picture",
-    b"ARROW1\0\0": "an Arrow file",
-    b"SQLite format 3\0": "an SQLite database", b"\x93NUMPY": "an array of NumPy",
-    b"\x80\x04\x95": "a pickle", b"\x80\x05\x95": "a pickle", b"\x7fELF": "a program",
-    b"\xd0\xcf\x11\xe0": "a document of an old Office",
-}  # fmt: skip
 MARKS = re.compile(rb"\xff\xfe|\xfe\xff|\0\0\xfe\xff")
 """Of UTF-16 and UTF-32, which `open_text` reads or refuses."""
 WEB_PAGE = re.compile(rb"\s*(<!doctype html|<html)", re.IGNORECASE)
@@ -43,7 +28,7 @@ def refuse_other_format(path: Path, is_table: bool = True) -> None:
     Raises:
         DataError: saying what it is, and what to do.
     """
-    start = _read_start(path)
+    start = read_start(path)
     other = describe_start(start)
     if other is not None:
         raise DataError(f"{path.name} {other[0]}", other[1])
@@ -62,26 +47,3 @@ def refuse_other_format(path: Path, is_table: bool = True) -> None:
             )
     if len(CONTROL.findall(start)) > MAX_CONTROL * len(start):
         raise DataError(f"{path.name} holds binary data, not text", "Check the file")
-
-
-def describe_other_format(path: Path) -> tuple[str, str] | None:
-    """Return what a file is by its first bytes, and what to do; None where they say nothing."""
-    return describe_start(_read_start(path))
-
-
-def describe_start(start: bytes) -> tuple[str, str] | None:
-    """Return what a file with these first bytes is, and what to do; None where they say nothing."""
-    if start.startswith(LFS_POINTER):
-        return "is a pointer of Git LFS, not the file itself", "Fetch it: git lfs pull"
-    for signature, kind in PACKED.items():
-        if start.startswith(signature):
-            return f"is packed by {kind}", "Unpack it"
-    for signature, kind in SIGNATURES.items():
-        if start.startswith(signature):
-            return f"is {kind}", "Name it by what it is, or give another file"
-    return None
-
-
-def _read_start(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(START_BYTES)

@@ -32,8 +32,8 @@ from PIL import (
 )
 
 from hftl.data.duplicates import compute_perceptual_hash
+from hftl.data.encodings import LFS_POINTER
 from hftl.data.facts import NarrowCount
-from hftl.data.file_kinds import LFS_POINTER
 from hftl.data.rows import ImageInfo, Levels, RawRow
 from hftl.errors import DataError, DataWarning
 from hftl.runtime.progress import open_bar

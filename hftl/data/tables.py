@@ -14,7 +14,8 @@ from typing import Any
 
 from hftl.config.data import Data, GeneralTable, Table
 from hftl.data.csv_reader import read_csv
-from hftl.data.file_kinds import describe_other_format, refuse_other_format
+from hftl.data.encodings import describe_other_format
+from hftl.data.file_kinds import refuse_other_format
 from hftl.data.rows import RawRow, has_invalid_utf8, open_text
 from hftl.errors import DataError, HubError, RecipeError, format_error_line
 from hftl.runtime import paths

@@ -224,7 +224,7 @@ def _list_files(folder: Path) -> tuple[list[str], list[Finding]]:
     """Return all files, and a finding for each link that leads out of the folder."""
     if not folder.is_dir():
         raise RecipeError(
-            f"there is no folder {folder}", "Give an adapter's folder, or a hub id owner/name"
+            paths.describe_no_folder(folder), "Give an adapter's folder, or a hub id owner/name"
         )
     names: list[str] = []
     outside: list[Finding] = []

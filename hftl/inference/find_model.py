@@ -67,7 +67,7 @@ def find_published_folder(path: str | Path) -> Path:
     folder = folder.resolve()
     if not folder.is_dir():
         raise RecipeError(
-            f"there is no folder {path}", "Give a run, a published folder, or a hub id owner/name"
+            paths.describe_no_folder(path), "Give a run, a published folder, or a hub id owner/name"
         )
     if (folder / "recipe.yaml").exists():
         if not (folder / "publish" / PUBLISHED_FILE).exists():

@@ -5,6 +5,7 @@ A model or dataset is a folder or file, `package:<import name>/<path>`, or a hub
 
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ TABLE_FORMATS = {
 }  # fmt: skip
 """The format that the suffix of a table's file implies."""
 PACKAGE_PREFIX = "package:"
+ADDRESS = re.compile(r"(https?|ftp|file|hf|s3|gs):/+(.*)", re.DOTALL)
+"""An address; of two slashes a path keeps one."""
 ASSETS_FOLDER = "assets"
 """Where benchmarks/assets.py builds the data and models of the recipes, each in its own folder."""
 TRANSIENT_STATUSES = (408, 429, 500, 502, 503, 504)
@@ -49,11 +52,14 @@ def resolve_local_path(place: str, key: str) -> Path | None:
     Raises:
         RecipeError: if a package is not installed, or lacks the path.
     """
+    _check_place(place, key)
     if not place.startswith(PACKAGE_PREFIX):
         path = Path(os.path.expanduser(place))
         on_hub = is_hub_id(place) and path.suffix.lower() not in TABLE_FORMATS
         return None if on_hub and not path.exists() else path
     name, _, inside = place.removeprefix(PACKAGE_PREFIX).partition("/")
+    if not name:
+        raise RecipeError(f"{key}: {place} names no package", "Write package:NAME/FOLDER")
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise RecipeError(
@@ -64,6 +70,25 @@ def resolve_local_path(place: str, key: str) -> Path | None:
     if not path.exists():
         raise RecipeError(f"{key}: the package {name!r} has no {inside!r}", "Check the path")
     return path
+
+
+def _check_place(place: str, key: str) -> None:
+    """Refuse what is neither a path nor a hub id."""
+    if not place or "\0" in place:
+        what = "holds a NUL" if place else "is empty"
+        raise RecipeError(f"{key}: its name {what}", "Give a path or a hub id")
+    address = ADDRESS.match(place)
+    if address is not None and not Path(place).exists():
+        fix = "Download it, and give its path"
+        if address[1] == "hf" or address[2].startswith("huggingface.co/"):
+            parts = address[2].removeprefix("huggingface.co/").removeprefix("datasets/").split("/")
+            fix = f"Give the hub id alone: {'/'.join(parts[:2])}"
+        raise RecipeError(f"{key}: {place} is an address, not a path or a hub id", fix)
+
+
+def describe_no_folder(path: str | Path) -> str:
+    """Return the words for a path that is no folder: nothing, or a file."""
+    return f"{path} is no folder" if Path(path).exists() else f"there is no folder {path}"
 
 
 def resolve_published_path(place: str, key: str) -> Path | None:
