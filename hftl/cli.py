@@ -268,11 +268,17 @@ def doctor(
     fix: Annotated[bool, typer.Option("--fix", help="mend what is safe to mend")] = False,
 ) -> None:
     """Examine any adapter, running none of it; exits 4 on defects."""
+    from hftl.doctor.adapter_folder import open_adapter_folder
+    from hftl.runtime.progress import silence_hub
+
+    silence_hub()
+    folder = open_adapter_folder(adapter)
     # It imports its libraries while this process imports the same.
-    with prepare_loads() as process, run_quietly():
+    with prepare_loads(folder.may_load) as process:
         from hftl.doctor.report import run_doctor
 
-        raise typer.Exit(run_doctor(adapter, base, fix, say, process))
+        with run_quietly():
+            raise typer.Exit(run_doctor(folder, base, fix, say, process))
 
 
 @app.command()

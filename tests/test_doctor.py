@@ -25,6 +25,7 @@ from support.planted_defects import (
 )  # fmt: skip
 from support.tiny import tiny_tokenizer
 
+from hftl import cli
 from hftl.doctor import load_check, load_once, load_process
 from hftl.doctor.adapter_folder import Finding
 from hftl.doctor.checks import examine_adapter
@@ -165,7 +166,7 @@ for line in sys.stdin:
 def test_one_process_answers_requests_until_one_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # The fixture of this file starts no process.
     monkeypatch.setattr(load_process, "COMMAND", [sys.executable, "-c", ECHO])
-    with load_process.prepare_loads() as process:
+    with load_process.prepare_loads(True) as process:
         assert process is not None
         assert json.loads(process.load(["a", "b"]).stdout) == {"loads": ["a", "b"]}
         assert json.loads(process.run(["c"]).stdout) == {"sample": ["c"]}
@@ -178,7 +179,7 @@ def test_a_load_that_takes_too_long_says_so(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.undo()  # The fixture of this file starts no process.
     monkeypatch.setattr(load_process, "COMMAND", [sys.executable, "-c", "input(); input()"])
     monkeypatch.setattr(load_process, "LOAD_TIMEOUT_SECONDS", 0.2)
-    with load_process.prepare_loads() as process:
+    with load_process.prepare_loads(True) as process:
         assert process is not None
         assert process.load(["a"]).stderr == "it took more than 0.2 s"
 
@@ -194,6 +195,37 @@ def test_a_process_that_the_system_refuses_is_no_fault_of_the_folder(
     monkeypatch.setattr(load_check, "LoadProcess", refuse)
     with pytest.raises(BlockingIOError):
         load_check.predict_in_fresh_process(tmp_path, tmp_path, "BertModel")
+
+
+def test_a_process_is_started_only_where_the_files_may_be_loaded(
+    adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[None] = []
+    monkeypatch.setattr(load_process, "LoadProcess", lambda: started.append(None))
+    damaged = copied(adapters, "bert", tmp_path)
+    (damaged / "adapter_model.safetensors").write_bytes(b"x")
+    for place, code, count in ((damaged, 4, 0), (tmp_path / "no" / "such", 2, 0),
+                               (adapters["bert"], 0, 1)):  # fmt: skip
+        monkeypatch.setattr(sys, "argv", ["hftl", "doctor", str(place)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert (stop.value.code, len(started)) == (code, count)
+
+
+def test_the_script_holds_the_models_of_one_request_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def count_held(folder: Path, base: Path, name: str, seed: int, keep: list[int]) -> list[float]:
+        keep.append(seed)
+        return [float(len(keep))]
+
+    monkeypatch.setattr(load_once, "compute_output", count_held)
+    request = json.dumps({"loads": ["folder", "base", "BertModel", "1", "2"]})
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{request}\n{request}\n"))
+    load_once.main()
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == [
+        {"outputs": [[1.0], [2.0]]}
+    ] * 2
 
 
 def test_the_script_answers_loads_as_they_are_computed_here(

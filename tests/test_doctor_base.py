@@ -14,8 +14,9 @@ from support.planted_defects import (
 
 from hftl.config.section import Source
 from hftl.doctor import checks
-from hftl.doctor.adapter_folder import AdapterFolder, Examination, defect
+from hftl.doctor.adapter_folder import AdapterFolder, defect
 from hftl.doctor.checks import check_base_name, examine_adapter
+from hftl.doctor.examination import Examination
 from hftl.errors import RecipeError
 from hftl.models.source import find_source, hash_source_weights
 from hftl.runtime import finished_files

@@ -23,8 +23,9 @@ from support.planted_defects import (
 )  # fmt: skip
 
 from hftl.config.section import Source
-from hftl.doctor.adapter_folder import Examination
+from hftl.doctor.adapter_folder import open_adapter_folder
 from hftl.doctor.checks import examine_adapter
+from hftl.doctor.examination import Examination
 from hftl.doctor.fix import fix_adapter, get_backup_folder
 from hftl.doctor.renamed_modules import find_new_name, find_renamed_keys
 from hftl.doctor.report import run_doctor
@@ -162,7 +163,7 @@ def test_pickles_are_left_where_they_are(adapters: dict[str, Path], tmp_path: Pa
     folder = copied(adapters, "bert", tmp_path)
     (folder / "training_args.bin").write_bytes(b"x")
     said: list[str] = []
-    assert run_doctor(str(folder), None, True, said.append) == 4
+    assert run_doctor(open_adapter_folder(folder), None, True, said.append) == 4
     assert (folder / "training_args.bin").exists()
     assert "nothing here can be fixed without you" in said
 

@@ -88,7 +88,7 @@ ORDER = [
     "publish.checks",
     "publish.push", "publish.reload_check", "publish.prediction_check",
     "publish.export",
-    "doctor.load_process", "doctor.adapter_folder", "doctor.renamed_modules",
+    "doctor.load_process", "doctor.adapter_folder", "doctor.examination", "doctor.renamed_modules",
     "doctor.adapter_tensors",
     "doctor.file_checks", "doctor.load_once", "doctor.load_check",
     "doctor.checks", "doctor.fix", "doctor.report",
@@ -220,6 +220,7 @@ LATE_LIBRARIES = [
     ("pipeline.pipeline", ANALYSES_ONLY),
     ("inference.predict_table", (*ANALYSES_ONLY, *TRAINING_ONLY)),
     ("cli", ("torch", "transformers", "numpy", "huggingface_hub")),
+    ("doctor.adapter_folder", ("torch", "transformers", "numpy", "huggingface_hub")),
 ]
 
 

@@ -19,6 +19,7 @@ import hftl
 from hftl.config.finetune import Finetune, ZeroShot
 from hftl.config.recipe import Recipe
 from hftl.config.section import Source
+from hftl.doctor.adapter_folder import open_adapter_folder
 from hftl.doctor.report import run_doctor
 from hftl.errors import RecipeError
 from hftl.finetune.context import ExperimentContext
@@ -167,7 +168,8 @@ def test_runs_are_published_without_the_text_half(
             assert not [key for key in file.keys() if "text" in key]  # noqa: SIM118
     if strategy == "lora":
         lines: list[str] = []
-        assert run_doctor(str(publish), str(pairs[name]), False, lines.append) == 0, lines
+        opened, base = open_adapter_folder(publish), str(pairs[name])
+        assert run_doctor(opened, base, False, lines.append) == 0, lines
     images = sorted((folder / "dark").iterdir())[:3]
     predicted = hftl.load(tmp_path / "run").predict([Image.open(path) for path in images])
     assert all(row["label"] in WORDS for row in predicted)

@@ -26,8 +26,9 @@ from hftl import cli
 from hftl.config.overrides import apply_overrides
 from hftl.config.recipe import Recipe
 from hftl.data import prepare
-from hftl.doctor.adapter_folder import Examination, open_adapter_folder
+from hftl.doctor.adapter_folder import open_adapter_folder
 from hftl.doctor.checks import check_published_weights
+from hftl.doctor.examination import Examination
 from hftl.errors import RunFolderError
 from hftl.measure.error_analysis import analyze_errors
 from hftl.measure.metrics import METRICS
@@ -497,7 +498,7 @@ def test_tensors_changed_after_their_proof_are_noticed(
                  for path in (run / "publish").glob("*.safetensors")}  # fmt: skip
     assert Record.read(run).weight_files == published and published
     folder = Path(shutil.copytree(run / "publish", tmp_path / "copy"))
-    assert not list(check_published_weights(Examination(open_adapter_folder(folder)[0])))
+    assert not list(check_published_weights(Examination(open_adapter_folder(folder))))
     path, base = folder / "adapter_model.safetensors", tree["source"]["model"]
     tensors = load_file(path)
     next(iter(tensors.values())).view(-1)[0] += 1e-3
@@ -510,7 +511,7 @@ def test_tensors_changed_after_their_proof_are_noticed(
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 4 and words in capsys.readouterr().err
-    (finding,) = check_published_weights(Examination(open_adapter_folder(folder)[0]))
+    (finding,) = check_published_weights(Examination(open_adapter_folder(folder)))
     assert f"{finding.where} {finding.what}" == words
     (folder / "head.safetensors").write_bytes(path.read_bytes())
     path.write_bytes((run / "publish" / path.name).read_bytes())

@@ -16,8 +16,9 @@ from support.tiny import is_image, save_tiny, tiny_tokenizer
 from tokenizers import AddedToken
 
 import hftl
-from hftl.doctor.adapter_folder import Examination
+from hftl.doctor.adapter_folder import open_adapter_folder
 from hftl.doctor.checks import examine_adapter
+from hftl.doctor.examination import Examination
 from hftl.doctor.report import run_doctor
 from hftl.errors import HftlError, RecipeError
 from hftl.inference.compare import compare_models
@@ -210,7 +211,7 @@ def test_fixed_adapter_predicts_without_further_advice(
     adapters: dict[str, tuple[Path, Any]], bases: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(adapters["bert"][0], tmp_path / "bert"))
-    assert run_doctor(str(folder), None, True, lambda line: None) == 0
+    assert run_doctor(open_adapter_folder(folder), None, True, lambda line: None) == 0
     assert (folder / "tokenizer.json").exists()
     table = write_csv(tmp_path / "rows.csv", ["text"], [[text] for text, _ in sentences(3)])
     assert predict_table(str(folder), table, None)
@@ -297,7 +298,7 @@ def test_tensor_names_that_hold_the_adapters_name_are_fixed(
                 ".lora_magnitude_vector", ".lora_magnitude_vector.default.weight"), t))  # fmt: skip
         with pytest.raises(HftlError, match="--fix"):
             hftl.load(folder)
-        assert run_doctor(str(folder), None, True, lambda line: None) == 0
+        assert run_doctor(open_adapter_folder(folder), None, True, lambda line: None) == 0
         assert hftl.load(folder).predict(["a fine film"]) == before
 
 

@@ -143,7 +143,7 @@ def test_doctors_process_checks_more_than_one_folder(
     tiny_model: Tiny, tmp_path: Path, own_process: None
 ) -> None:
     job = publish_case(("bert", False, "classification", "native", "lora"), tiny_model, tmp_path)
-    with prepare_loads() as process:
+    with prepare_loads(True) as process:
         assert process is not None
         for _ in range(2):
             assert measure_difference(job, process) <= 1e-5

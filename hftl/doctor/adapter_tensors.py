@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from hftl.doctor.adapter_folder import AdapterFolder, Examination, Finding, defect, format_names
+from hftl.doctor.adapter_folder import AdapterFolder, Finding, defect, format_names
+from hftl.doctor.examination import Examination
 from hftl.doctor.renamed_modules import (
     find_renamed_keys,
     get_module_path,

@@ -9,14 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from hftl.doctor.adapter_folder import (
-    Check,
-    Examination,
+    AdapterFolder,
     Finding,
     defect,
     open_adapter_folder,
     warning,
 )
 from hftl.doctor.adapter_tensors import PEFT_TYPES, adjust_config, check_fit, find_model_class
+from hftl.doctor.examination import Check, Examination
 from hftl.doctor.file_checks import (
     check_adapter_settings,
     check_card,
@@ -46,19 +46,30 @@ from hftl.runtime.progress import show_activity
 def examine_adapter(
     place: str | Path, base: str | None = None, process: LoadProcess | None = None
 ) -> Examination:
-    """Examine an adapter or a whole model; nothing of it is run, and no pickle is opened.
-
-    Args:
-        place: a folder, a run folder, or a hub id.
-        base: the adapter's base, where it is not the one it names.
-        process: a fresh one to load it in, where one was prepared.
+    """Open a folder, a run folder or a hub id, and examine it; see `examine_folder`.
 
     Raises:
         RecipeError: if there is neither an adapter nor a model, or no base where `base` says.
         HubError: if a hub id cannot be had.
     """
-    folder, findings = open_adapter_folder(place)
-    examination = Examination(folder, base, findings, process=process)
+    return examine_folder(open_adapter_folder(place), base, process)
+
+
+def examine_folder(
+    folder: AdapterFolder, base: str | None = None, process: LoadProcess | None = None
+) -> Examination:
+    """Examine an adapter or a whole model; nothing of it is run, and no pickle is opened.
+
+    Args:
+        folder: as it was opened.
+        base: the adapter's base, where it is not the one it names.
+        process: a fresh one to load it in, where one was prepared.
+
+    Raises:
+        RecipeError: if there is no base where `base` says.
+        HubError: if that base cannot be had.
+    """
+    examination = Examination(folder, base, [*folder.faults], process=process)
     examination.unexamined += [folder.unlisted_reason] if folder.unlisted_reason else []
     for check in CHECKS:
         # Reloads take seconds: libraries are imported anew.

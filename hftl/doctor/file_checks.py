@@ -15,13 +15,13 @@ from hftl.doctor.adapter_folder import (
     MAX_FILE_BYTES,
     PICKLE_SUFFIXES,
     AdapterFolder,
-    Examination,
     Finding,
     defect,
     format_names,
     warning,
 )
 from hftl.doctor.adapter_tensors import count_outputs
+from hftl.doctor.examination import Examination
 from hftl.doctor.renamed_modules import get_module_path
 from hftl.errors import format_error_line
 from hftl.measure.record import PUBLISHED_FILE

@@ -5,7 +5,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from hftl.doctor.adapter_folder import Examination
 from hftl.doctor.adapter_tensors import (
     ModelBuildError,
     compare_shapes,
@@ -14,6 +13,7 @@ from hftl.doctor.adapter_tensors import (
     list_modules,
     map_adapter_keys,
 )
+from hftl.doctor.examination import Examination
 from hftl.doctor.file_checks import (
     EXTRA_TOKENIZER_FILES,
     PROCESSOR_FILES,

@@ -16,14 +16,15 @@ import numpy as np
 from safetensors import SafetensorError
 
 from hftl.doctor.adapter_folder import (
+    BLOCKING_KINDS,
     AdapterFolder,
-    Examination,
     Finding,
     defect,
     format_names,
     warning,
 )
 from hftl.doctor.adapter_tensors import IGNORED_SETTINGS, ModelBuildError, translate_build_errors
+from hftl.doctor.examination import Examination
 from hftl.doctor.load_process import LoadProcess
 from hftl.errors import RecipeError, format_error_line
 from hftl.measure.record import PUBLISHED_FILE
@@ -40,8 +41,6 @@ from hftl.publish.settings_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_C
 SEEDS = (20_010_101, 20_020_202)
 LOAD_TOLERANCE = 1e-5
 """Largest difference, relative to the largest output where that is above 1."""
-BLOCKING_KINDS = ("corrupt", "config", "rank", "nan")
-"""After a finding of one of these a load would tell nothing more."""
 
 
 def check_reload(examination: Examination) -> list[Finding]:

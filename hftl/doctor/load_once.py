@@ -91,8 +91,9 @@ def _build_patches(count: int, values: int) -> dict[str, torch.Tensor]:
     }
 
 
-def print_outputs(arguments: list[str], keep: list[Any]) -> None:
-    """Print the outputs of one load a seed as JSON."""
+def print_outputs(arguments: list[str]) -> None:
+    """Print the outputs of one load a seed as JSON; the models are held until the last one's."""
+    keep: list[Any] = []
     folder, base, name, *seeds = arguments
     outputs = [compute_output(Path(folder), Path(base), name, int(seed), keep) for seed in seeds]
     print(json.dumps({"outputs": outputs}))  # noqa: T201
@@ -112,13 +113,12 @@ def check_sample(arguments: list[str]) -> None:
 
 def main() -> None:
     """Answer requests until there are no more."""
-    keep: list[Any] = []
     for line in sys.stdin:
         request = json.loads(line)
         # A library may print, too; the answer comes last.
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             if "loads" in request:
-                print_outputs(request["loads"], keep)
+                print_outputs(request["loads"])
             else:
                 check_sample(request["sample"])
         print(printed.getvalue().splitlines()[-1], flush=True)  # noqa: T201

@@ -58,11 +58,14 @@ class LoadProcess(WaitingReload):
 
 
 @contextmanager
-def prepare_loads() -> Iterator[LoadProcess | None]:
-    """Yield a process that waits for what is to be loaded; None where the system starts none."""
+def prepare_loads(is_needed: bool) -> Iterator[LoadProcess | None]:
+    """Yield a process that waits for what is to be loaded; None where none is needed.
+
+    Where the system starts none, the check tries again when it is needed, and reports that.
+    """
     process = None
     with suppress(OSError):
-        process = LoadProcess()
+        process = LoadProcess() if is_needed else None
     try:
         yield process
     finally:

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 
-from hftl.doctor.adapter_folder import DEFECT, Examination, Finding
-from hftl.doctor.checks import examine_adapter
+from hftl.doctor.adapter_folder import DEFECT, AdapterFolder, Finding
+from hftl.doctor.checks import examine_adapter, examine_folder
+from hftl.doctor.examination import Examination
 from hftl.doctor.fix import fix_adapter, get_backup_folder
 from hftl.doctor.load_process import LoadProcess
 
@@ -12,13 +13,13 @@ INDENT = 4
 
 
 def run_doctor(
-    place: str, base: str | None, fix: bool, say: Callable[[str], None],
+    folder: AdapterFolder, base: str | None, fix: bool, say: Callable[[str], None],
     process: LoadProcess | None = None,
 ) -> int:  # fmt: skip
     """Examine a folder, fix it and examine it again where asked, and print the report.
 
     Args:
-        place: a folder, a run folder, or a hub id.
+        folder: as it was opened.
         base: the adapter's base, where it is not the one it names.
         fix: whether to mend what is safe to mend.
         say: receives each line.
@@ -31,7 +32,7 @@ def run_doctor(
         RecipeError: see `examine_adapter` and `fix_adapter`.
         HubError: see `examine_adapter`.
     """
-    examination = examine_adapter(place, base, process)
+    examination = examine_folder(folder, base, process)
     if fix:
         lines = fix_adapter(examination, base)
         for line in lines:
@@ -39,7 +40,7 @@ def run_doctor(
         if lines:
             backup = get_backup_folder(examination.folder.path)
             say(f"as it was before: {backup}" if backup.exists() else "nothing else was changed")
-            examination = examine_adapter(place, base, process)
+            examination = examine_adapter(folder.place, base, process)
         else:
             say("nothing here can be fixed without you")
     say(format_report(examination))

@@ -65,7 +65,7 @@ def _load_config(folder: Path) -> Any:
 
 def _infer_peft_config(folder: Path, base: Path) -> Any:
     """Build the config of an adapter that peft alone has written, from its tensors and its base."""
-    adapter, _ = open_adapter_folder(folder)
+    adapter = open_adapter_folder(folder)
     source = find_source(Source(model=str(base)))
     model_class = find_model_class(adapter, source)
     if model_class is None or not model_class.__name__.endswith("Classification"):

@@ -34,10 +34,9 @@ _display: ContextVar[Progress | None] = ContextVar("display", default=None)
 
 def silence_libraries() -> None:
     """Keep the libraries' own progress bars and notices off the terminal."""
-    import huggingface_hub
     import transformers
 
-    huggingface_hub.utils.logging.set_verbosity_error()
+    silence_hub()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     # peft reads it of every model.
@@ -49,6 +48,14 @@ def silence_libraries() -> None:
 
         datasets.disable_progress_bars()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+def silence_hub() -> None:
+    """Keep the progress bars and notices of downloads off the terminal."""
+    from huggingface_hub.utils import disable_progress_bars, logging
+
+    logging.set_verbosity_error()
+    disable_progress_bars()
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from support.planted_defects import (
 from support.tiny import is_image, save_tiny, tiny_config, tiny_processor, tiny_tokenizer
 
 from hftl.doctor import load_check, load_once, load_process
-from hftl.doctor.adapter_folder import Examination
+from hftl.doctor.examination import Examination
 
 
 @pytest.fixture(scope="session")
