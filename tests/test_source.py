@@ -11,10 +11,13 @@ import pytest
 import torch
 from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import load_file, save_file
+from support.planted_defects import rewrite
 from transformers import GPT2Config, ViTMAEModel
 
 from hftl.config.section import Source
+from hftl.data.image_processing import resize_processor
 from hftl.errors import HubError, RecipeError
+from hftl.models.architectures import get_native_image_size, get_patch_size
 from hftl.models.heads import LoadedModel, build_model
 from hftl.models.source import (
     SourceModel,
@@ -170,6 +173,37 @@ def test_source_whose_json_is_no_mapping_is_refused(
     with pytest.raises(RecipeError, match=f"source.model: .* {message}"):
         load_inputs = load_tokenizer if name == "bert" else load_image_processor
         load_inputs(find_folder(folder))
+
+
+@pytest.mark.parametrize(("kind", "file", "changes", "words"), [
+    ("bert", "config.json", {"num_attention_heads": 0}, "does not load"),
+    ("bert", "config.json", {"hidden_act": "x"}, "does not load"),
+    ("bert", "config.json", {"vocab_size": -1}, "does not load"),
+    ("vit", "config.json", {"num_attention_heads": 9**9}, "does not load"),
+    ("vit", "config.json", {"image_size": []}, "expected squares"),
+    ("vit", "config.json", {"patch_size": 0}, "expected squares"),
+    ("vit", "preprocessor_config.json", {"size": {"height": None, "width": 8}}, "size must have"),
+])  # fmt: skip
+def test_source_whose_settings_fit_no_model_is_refused(
+    kind: str, file: str, changes: dict[str, Any], words: str, tiny_model: Tiny, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_model(kind), tmp_path / "source"))
+    rewrite(folder / file, **changes)
+    with pytest.raises(RecipeError, match=words) as caught:
+        source = find_folder(folder)
+        if kind == "vit":
+            get_native_image_size(source.config)
+            get_patch_size(source.config)
+            resize_processor(load_image_processor(source), None)
+        build(source)
+    assert "\n" not in str(caught.value) and caught.value.fix
+
+
+def test_config_with_half_a_character_has_a_hash(bert: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bert, tmp_path / "source"))
+    before = hash_source_config(find_folder(folder))
+    rewrite(folder / "config.json", note="\ud800")
+    assert hash_source_config(find_folder(folder)) != before
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,8 @@ def wrap_processor_errors(processor: Any) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
-        # A mean of two channels, a word for a number, a filter of an unknown name.
+        # A mean of two channels, a word for a number, a filter of an unknown name, a size without a
+        # height.
         raise RecipeError(
             f"{_describe_processor(processor)} cannot read a picture: {format_error_line(error)}",
             "Save the model's own processor beside it",
@@ -82,7 +83,17 @@ def resize_processor(processor: Any, image_size: int | None) -> Any:
         else:
             _read_resize_target(processor)
             settings |= {"do_resize": True, "size": square}
-    return type(processor).from_dict(settings)
+    return rebuild_processor(processor, settings)
+
+
+def rebuild_processor(processor: Any, settings: dict[str, Any]) -> Any:
+    """Return a processor of the same class with other settings.
+
+    Raises:
+        RecipeError: if they make no sense.
+    """
+    with wrap_processor_errors(processor):
+        return type(processor).from_dict(settings)
 
 
 def resize_and_crop(processor: Any, image: Image.Image) -> np.ndarray:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hftl.data.image_inputs import ImageInputs, to_tensor
-from hftl.data.image_processing import makes_patches, resize_to_patches
+from hftl.data.image_processing import makes_patches, rebuild_processor, resize_to_patches
 from hftl.data.text_inputs import EncodedRow, add_labels
 from hftl.errors import RecipeError
 
@@ -94,7 +94,7 @@ def limit_patches(processor: Any, image_size: int | None) -> Any:
     settings = processor.to_dict()
     if image_size is not None and makes_patches(processor):
         settings["max_num_patches"] = (image_size // processor.patch_size) ** 2
-    return type(processor).from_dict(settings)
+    return rebuild_processor(processor, settings)
 
 
 def check_patch_processor(processor: Any, patch_size: int) -> None:

@@ -100,13 +100,13 @@ def get_native_image_size(config: Any) -> int | None:
 
 
 def _get_square_side(size: Any) -> int:
-    sides = set(size) if isinstance(size, (list, tuple)) else {size}
-    if len(sides) > 1:
+    sides = tuple(size) if isinstance(size, (list, tuple)) else (size,)
+    if not sides or any(type(side) is not int or side < 1 or side != sides[0] for side in sides):
         raise RecipeError(
-            f"source.model: it takes images or patches of {tuple(size)} pixels, expected squares",
+            f"source.model: it takes images or patches of {sides} pixels, expected squares",
             "Use a source model of square images",
         )
-    return sides.pop()
+    return sides[0]
 
 
 def build_position_arguments(config: Any, side: int) -> dict[str, bool]:

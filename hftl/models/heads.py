@@ -6,14 +6,13 @@ The stock class is the one that `AutoModelFor{Sequence,Token,Image}Classificatio
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from pickle import UnpicklingError
 from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from torch import nn
 
-from hftl.errors import RecipeError
+from hftl.errors import RecipeError, is_out_of_memory
 from hftl.models.architecture_spec import TOKEN_CLASSIFICATION, ArchitectureSpec
 from hftl.models.architectures import get_encoder_config, get_hidden_size
 from hftl.models.encoders import (
@@ -33,7 +32,7 @@ from hftl.models.model_parts import (
 from hftl.models.pooled_model import PooledImageModel, PooledModel
 from hftl.models.pooling import pool_before_head
 from hftl.models.quantization import build_quantization_config
-from hftl.models.source import SourceModel, describe_load_error
+from hftl.models.source import LOADING_ERRORS, SourceModel, describe_load_error
 from hftl.models.timm_architecture import flatten_classifier
 from hftl.runtime.hardware import get_device
 
@@ -291,9 +290,9 @@ def load_class(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError, EOFError, UnpicklingError) as error:
-        # OSError for a file that is missing, ValueError for one of another kind, ImportError for a
-        # package that its config asks for; `torch.load` raises the others for a pickle.
+    except LOADING_ERRORS as error:
+        if is_out_of_memory(error):
+            raise
         raise RecipeError(
             f"source.model: {source.name} does not load: {describe_load_error(error)}",
             "Give a complete checkpoint of a supported architecture, in safetensors",

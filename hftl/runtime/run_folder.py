@@ -340,7 +340,8 @@ def to_json(tree: Any) -> str:
 
 def fingerprint(tree: Any) -> str:
     """Return the sha256 (hex) of the canonical JSON of `tree`."""
-    return hashlib.sha256(to_json(tree).encode()).hexdigest()
+    # A config of anybody's may hold half of a surrogate pair, which JSON can spell.
+    return hashlib.sha256(to_json(tree).encode(errors="surrogatepass")).hexdigest()
 
 
 class UnreadableJsonError(ValueError):

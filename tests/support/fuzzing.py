@@ -30,7 +30,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
-from conftest import sentences
+from conftest import bench_of, sentences
 from hypothesis import strategies as st
 from PIL import Image
 from support.planted_defects import reconfigure, save, wrapped
@@ -45,6 +45,7 @@ from hftl.data.images import ImageDecodeError, decode_image
 from hftl.data.prepare import prepare_data
 from hftl.errors import HftlError, is_out_of_memory
 from hftl.measure.record import Record
+from hftl.pipeline.model_checks import check_models
 from hftl.runtime.run_folder import to_json
 
 MAX_MEMORY = 2 << 10
@@ -228,14 +229,36 @@ def publish_tiny(model_type: str, pooling: str, strategy: str, folder: Path) -> 
     return save_on_local_base(publish, base) if strategy == "lora" else publish
 
 
+def predict(rows: list[Any], folder: Path) -> None:
+    """Load a published folder, and predict rows."""
+    hftl.load(folder).predict(rows)
+
+
+def save_source(model_type: str, folder: Path) -> Path:
+    """Save a tiny source model, and data beside it."""
+    recipe = {"data": write_data(model_type, "classification", folder),
+              "measure": {"seeds": [0], "arms": ["head", "lora"]}}  # fmt: skip
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    return save_tiny(model_type, folder / "source")
+
+
+def check_source(folder: Path) -> None:
+    """Check a source model as a run does before it trains."""
+    tree = json.loads((folder.parent / "recipe.json").read_text())
+    recipe = Recipe.parse(tree | {"source": {"model": str(folder)}})
+    context = bench_of(recipe)
+    check_models(recipe, context)
+    context.extract_features(recipe.finetune.pooling, 0, context.prepared.rows["test"])
+
+
 def fuzz_folder(
-    make: Callable[[Path], Path], rows: list[Any], folder: Path, tries: Tries
+    make: Callable[[Path], Path], use: Callable[[Path], object], folder: Path, tries: Tries
 ) -> tuple[Any, Check]:
     """Change the bytes of a file of an adapter or a model, or set a key of its settings.
 
     Args:
         make: writes the folder, and returns its path.
-        rows: which the model predicts.
+        use: loads a folder, and computes outputs.
         folder: for all of it.
         tries: count the examples.
     """
@@ -256,7 +279,7 @@ def fuzz_folder(
             name, key = where
             (target / name).write_text(json.dumps(set_key(trees[name], key, change)))
         with tries.judge():
-            hftl.load(target).predict(rows)
+            use(target)
 
     return (
         st.tuples(st.sampled_from(sorted(files)), changes)
@@ -265,7 +288,8 @@ def fuzz_folder(
     )
 
 
-TEXTS, PICTURES = ["ab cd", "zzz"], [Image.new("RGB", (40, 50))]
+READ_TEXTS = partial(predict, ["ab cd", "zzz"])
+READ_PICTURES = partial(predict, [Image.new("RGB", (40, 50))])
 LOADERS: dict[str, Callable[[Path, Tries], tuple[Any, Check]]] = {
     "recipe bytes": partial(
         fuzz_bytes, "r.yaml", lambda: yaml.safe_dump(RECIPE).encode(), Recipe.load
@@ -281,11 +305,18 @@ LOADERS: dict[str, Callable[[Path, Tries], tuple[Any, Check]]] = {
     **{f"image {kind}": partial(fuzz_bytes, "a.png", partial(encode_picture, kind),
                                 lambda path: decode_image(str(path), None, 10**6))
        for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")},
-    "adapter of PEFT": partial(fuzz_folder, save_plain_adapter, TEXTS),
-    "adapter published": partial(fuzz_folder, partial(publish_tiny, "bert", "mean", "lora"), TEXTS),
-    "model of texts": partial(fuzz_folder, partial(publish_tiny, "bert", "native", "full"), TEXTS),
-    "model of images": partial(fuzz_folder, partial(publish_tiny, "vit", "native", "full"),
-                               PICTURES),
+    "adapter of PEFT": partial(fuzz_folder, save_plain_adapter, READ_TEXTS),
+    "adapter published": partial(
+        fuzz_folder, partial(publish_tiny, "bert", "mean", "lora"), READ_TEXTS
+    ),
+    "model of texts": partial(
+        fuzz_folder, partial(publish_tiny, "bert", "native", "full"), READ_TEXTS
+    ),
+    "model of images": partial(
+        fuzz_folder, partial(publish_tiny, "vit", "native", "full"), READ_PICTURES
+    ),
+    "source of texts": partial(fuzz_folder, partial(save_source, "bert"), check_source),
+    "source of images": partial(fuzz_folder, partial(save_source, "vit"), check_source),
 }  # fmt: skip
 """What each loader is tried with; the first word is the loader."""
 
