@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import struct
+import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,8 @@ from support.command import Hftl, Outcome
 from support.planted_defects import reconfigure, rewrite
 from support.records import add_forgetting, make_record
 
+from hftl.data.tables import READERS
+from hftl.errors import DataWarning
 from hftl.runtime.run_folder import to_json
 
 MAX_LINE = 500
@@ -644,7 +647,39 @@ def test_folder_that_holds_a_picture_among_texts(local_adapter: Path, hftl: Hftl
     Path("texts", "new", "a.txt").write_text("some words")
     Path("texts", "new", "b.md").write_bytes(encode(NOISE))
     outcome = hftl("predict", local_adapter, "texts")
-    assert_refused(outcome, 3, "b.md: not valid UTF-8|b.md is a PNG picture: remove it")
+    assert_refused(outcome, 3, "b.md: not valid UTF-8|replace b.md, which is a PNG picture")
+
+
+def test_folder_of_texts_without_folders_is_predicted(local_adapter: Path, hftl: Hftl) -> None:
+    Path("texts").mkdir()
+    for name in ("a.txt", "b.txt"):
+        Path("texts", name).write_text("some words")
+    outcome = hftl("predict", local_adapter, "texts")
+    assert outcome.code == 0 and len(outcome.out.splitlines()) == 3
+
+
+@pytest.mark.parametrize("suffix", [".png", ".txt"])
+def test_files_beside_the_folders_of_classes_are_named(suffix: str, tmp_path: Path) -> None:
+    for label in ("dark", "light"):
+        (tmp_path / "data" / label).mkdir(parents=True)
+        (tmp_path / "data" / label / f"a{suffix}").write_bytes(b"")
+    read = READERS["imagefolder" if suffix == ".png" else "textfolder"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (tmp_path / "data" / "README.md").write_bytes(b"")
+        assert len(list(read(tmp_path / "data"))) == 2
+    for name in ("stray", "other"):
+        (tmp_path / "data" / f"{name}{suffix}").write_bytes(b"")
+    with pytest.warns(DataWarning, match=rf"beside the folders .* other{suffix} and 1 more"):
+        assert len(list(read(tmp_path / "data"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [(".", "Is a directory. Check"), ("/dev/zero", "more than 10,000,000 bytes")],
+)
+def test_what_is_no_file_of_a_recipe(path: str, words: str, hftl: Hftl) -> None:
+    assert_refused(hftl("run", path), 2, words)
 
 
 # Records.

@@ -17,6 +17,8 @@ from hftl.errors import RecipeError, format_error_line
 
 MAX_VALUES = 100_000
 """Values of a recipe, at most, once its aliases are filled in."""
+MAX_BYTES = 10_000_000
+"""Of a recipe; a device may have no end."""
 
 
 class _RecipeLoader(yaml.SafeLoader):
@@ -106,11 +108,18 @@ def read_yaml(path: Path) -> dict[str, object]:
         RecipeError: if the file is missing, unreadable, not UTF-8, not YAML, or not a mapping.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with open(path, "rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        text = content.decode("utf-8")
     except FileNotFoundError as error:
         raise RecipeError(f"recipe {path} does not exist", "Check the path") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe {path} cannot be read: {error}", "Check the file") from error
+        why = error.strerror if isinstance(error, OSError) else error
+        raise RecipeError(f"recipe {path} cannot be read: {why}", "Check the file") from error
+    if len(content) > MAX_BYTES:
+        raise RecipeError(
+            f"recipe {path} has more than {MAX_BYTES:,} bytes, which is no recipe", "Check the path"
+        )
     value = parse_yaml(text, str(path))
     if not isinstance(value, dict):
         raise RecipeError(

@@ -84,7 +84,7 @@ def advise_on_encoding(path: Path) -> str:
         return "Correct it"
     other = describe_other_format(path)
     if other is not None:
-        return f"{path.name} {other[0]}: remove it, or give another file"
+        return f"Remove or replace {path.name}, which {other[0]}"
     encoding = _guess_encoding(path)
     return "Correct it" if encoding is None else format_conversion(path, encoding)
 

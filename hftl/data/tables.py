@@ -6,7 +6,8 @@ comes from. To read another format, write one such function and name it in `READ
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -17,7 +18,7 @@ from hftl.data.csv_reader import read_csv
 from hftl.data.encodings import describe_other_format
 from hftl.data.file_kinds import refuse_other_format
 from hftl.data.rows import RawRow, has_invalid_utf8, open_text
-from hftl.errors import DataError, HubError, RecipeError, format_error_line
+from hftl.errors import DataError, DataWarning, HubError, RecipeError, format_error_line
 from hftl.runtime import paths
 
 TABLE_NAMES = ("train", "validation", "test", "unlabeled", "general")
@@ -29,6 +30,7 @@ IMAGE_SUFFIXES = frozenset(
     ".png .jpg .jpeg .jfif .webp .gif .bmp .tif .tiff .avif .ppm .pgm .pbm .pnm".split()
 )
 """Suffixes of image files; used only to guess what a folder holds."""
+TEXT_SUFFIXES = frozenset((".txt",))
 MAX_DEPTH = 100
 """Levels of a JSON line, at most: Python gives up where functions call themselves 1000 times."""
 SPLIT_NAMES = ("train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval")
@@ -135,7 +137,9 @@ def read_txt(path: Path) -> Iterator[RawRow]:
 
 def read_textfolder(path: Path) -> Iterator[RawRow]:
     """Yield one row a text file, with columns `text` and `label`; each class is a folder."""
-    files = (f for c in _list_class_folders(path) for f in _list_files(c) if f.is_file())
+    files = (
+        f for c in _list_class_folders(path, TEXT_SUFFIXES) for f in _list_files(c) if f.is_file()
+    )
     for index, file in enumerate(files):
         where = file.relative_to(path).as_posix()
         with open_text(file) as opened:
@@ -154,7 +158,9 @@ def read_imagefolder(path: Path) -> Iterator[RawRow]:
 
     A file that is not an image stays a row: `decode_image` says why it cannot be read.
     """
-    files = (file for folder in _list_class_folders(path) for file in _list_files(folder))
+    files = (
+        file for folder in _list_class_folders(path, IMAGE_SUFFIXES) for file in _list_files(folder)
+    )
     for index, file in enumerate(files):
         where = file.relative_to(path).as_posix()
         yield RawRow({"image": file.absolute(), "label": where.split("/")[0]}, index, where)
@@ -222,8 +228,8 @@ def refuse_device(path: Path) -> None:
         raise DataError(f"{path} is neither a file nor a folder", "Save its content as a file")
 
 
-def _list_class_folders(path: Path) -> list[Path]:
-    """Return the folders, one a class."""
+def _list_class_folders(path: Path, suffixes: Container[str]) -> list[Path]:
+    """Return the folders, one a class; warn of files of these suffixes that lie beside them."""
     folders = sorted(p for p in path.iterdir() if p.is_dir() and not _is_junk(p.name))
     if not folders:
         raise DataError(f"{path.name} has no folders, one a class", "Check the path")
@@ -233,6 +239,13 @@ def _list_class_folders(path: Path) -> list[Path]:
             f"the folders of {path.name} are {' and '.join(names)}, which name splits, not classes",
             f"Give each its own table: data.train={path}/{names[-1]}, data.test=...",
         )
+    loose = [p.name for p in sorted(path.iterdir()) if p.suffix.lower() in suffixes]
+    loose = [name for name in loose if not _is_junk(name) and (path / name).is_file()]
+    if loose:
+        others = f" and {len(loose) - 1} more" if len(loose) > 1 else ""
+        message = f"{path.name}: not read, as beside the folders of classes: {loose[0]}{others}"
+        # Of this line, so that a folder that is read again is named once.
+        warnings.warn(message, DataWarning, stacklevel=1)
     return folders
 
 

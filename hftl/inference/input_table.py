@@ -7,7 +7,13 @@ from typing import Any
 
 from hftl.data.load import find_text_fault
 from hftl.data.rows import SURROGATES, RawRow, find_reading_fault
-from hftl.data.tables import IMAGE_SUFFIXES, READERS, guess_format, read_image_files
+from hftl.data.tables import (
+    IMAGE_SUFFIXES,
+    READERS,
+    guess_format,
+    read_image_files,
+    read_text_files,
+)
 from hftl.errors import DataError, join_names, suggest_closest
 from hftl.inference.output_table import Columns, read_column_types
 from hftl.inference.predict import Predictor
@@ -107,6 +113,8 @@ def _iterate_rows(data: Path, predictor: Predictor) -> Iterator[RawRow]:
     file_format = guess_format(data)
     if data.is_dir() and predictor.modality == "image":
         return read_image_files(data)
+    if file_format == "textfolder" and not any(path.is_dir() for path in data.iterdir()):
+        return read_text_files(data)
     return READERS[file_format](data)
 
 
