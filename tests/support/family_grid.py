@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from conftest import FILLER, bench_of, write_csv
 from PIL import Image
 from safetensors.torch import save_file
 from support.fresh_process import FreshProcess
+from support.published_model import scale_logits
 from support.reload_jobs import ReloadJob, reload_folders
 from test_resume import KEY, assert_same, stop_after
 from torch import Tensor
@@ -295,18 +295,3 @@ def publish_output(
     export_model(context, model, finetune, folder / "publish")
     sample = write_reload_sample(context, expected, folder)
     return ReloadJob(folder / "publish", context.source.folder, sample)
-
-
-def scale_logits(last: torch.nn.Linear, logits: np.ndarray) -> bool:
-    """Scale a last layer so that its largest logit is 1, as fp32 promises 1e-5 of such alone.
-
-    Returns:
-        Whether it was larger, or next to 0 as of a probe that found nothing.
-    """
-    largest = float(np.abs(logits).max())
-    if 0.01 <= largest <= 1:
-        return False
-    with torch.no_grad():
-        for parameter in last.parameters():
-            parameter /= largest
-    return True

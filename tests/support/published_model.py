@@ -102,7 +102,7 @@ def publish_model(context: ExperimentContext, recipe: Recipe, folder: Path) -> P
     rows = [context.prepared.rows["test"][i] for i in select_sample_rows(context)]
     encoded = context.encode_rows(rows)
     expected = predict_logits(model, encoded, context.inputs, "cpu", stock=True)
-    if limit_logits(trained.last_linear, expected):
+    if scale_logits(trained.last_linear, expected):
         expected = predict_logits(model, encoded, context.inputs, "cpu", stock=True)
     spread = np.ptp(expected, axis=0).max()
     assert spread > 1e-3, "the logits must differ for the comparison to mean anything"
@@ -113,21 +113,25 @@ def publish_model(context: ExperimentContext, recipe: Recipe, folder: Path) -> P
     return write_reload_sample(context, expected, folder)
 
 
-def limit_logits(last: torch.nn.Linear, logits: np.ndarray) -> bool:
-    """Change a last layer so that its logits are at most about 1, as fp32 promises 1e-5 of those.
+def scale_logits(last: torch.nn.Linear, logits: np.ndarray) -> bool:
+    """Change a last layer so that its largest logit is about 1: fp32 promises 1e-5 of such alone.
 
     Args:
-        last: the layer; one with a bias is centred first.
+        last: the layer; one with a bias is centred first where it is too large.
         logits: its outputs, (rows, outputs); rows that are not finite have none.
 
     Returns:
-        Whether they were larger, and the layer is another now.
+        Whether they were larger, or next to 0 as of a probe that found nothing, and the layer is
+        another now.
     """
     finite = logits[np.isfinite(logits).all(1)]
-    if np.abs(finite).max() <= 1:
+    largest = float(np.abs(finite).max())
+    if 0.01 <= largest <= 1:
         return False
-    middle = finite.mean(0) if last.bias is not None else np.zeros(finite.shape[1])
-    largest = max(1.0, float(np.abs(finite - middle).max()))
+    middle = np.zeros(finite.shape[1])
+    if largest > 1 and last.bias is not None:
+        middle = finite.mean(0)
+        largest = max(1.0, float(np.abs(finite - middle).max()))
     with torch.no_grad():
         last.weight /= largest
         if last.bias is not None:
