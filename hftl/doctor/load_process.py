@@ -3,12 +3,12 @@
 import json
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from subprocess import CompletedProcess
 
-from hftl.publish.reload_process import WaitingReload, build_reload_environment
+from hftl.publish.reload_process import WaitingReload, build_reload_environment, hold_process
 
 COMMAND = [sys.executable, "-P", str(Path(__file__).with_name("load_once.py"))]
 LOAD_TIMEOUT_SECONDS = 600
@@ -57,20 +57,9 @@ class LoadProcess(WaitingReload):
         return CompletedProcess(COMMAND, code or 1, "", words)
 
 
-@contextmanager
-def prepare_loads(is_needed: bool) -> Iterator[LoadProcess | None]:
-    """Yield a process that waits for what is to be loaded; None where none is needed.
-
-    Where the system starts none, the check tries again when it is needed, and reports that.
-    """
-    process = None
-    with suppress(OSError):
-        process = LoadProcess() if is_needed else None
-    try:
-        yield process
-    finally:
-        if process is not None:
-            process.close()
+def prepare_loads(is_needed: bool) -> AbstractContextManager[LoadProcess | None]:
+    """Yield a process that waits for what is to be loaded; see `hold_process`."""
+    return hold_process(LoadProcess, is_needed)
 
 
 def build_load_environment() -> dict[str, str]:

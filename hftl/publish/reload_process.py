@@ -5,9 +5,10 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 COMMAND = [sys.executable, "-P", str(Path(__file__).with_name("reload_check.py"))]
 
@@ -49,15 +50,23 @@ class WaitingReload:
         self._errors.close()
 
 
+Process = TypeVar("Process", bound=WaitingReload)
+
+
+def prepare_reload(is_needed: bool) -> AbstractContextManager[WaitingReload | None]:
+    """Yield a process that waits for the reload check; see `hold_process`."""
+    return hold_process(WaitingReload, is_needed)
+
+
 @contextmanager
-def prepare_reload(is_needed: bool) -> Iterator[WaitingReload | None]:
-    """Yield a process that waits for the reload check; None where none is needed.
+def hold_process(start: Callable[[], Process], is_needed: bool) -> Iterator[Process | None]:
+    """Yield a process that waits until it is asked, and end it; None where none is needed.
 
     Where the system starts none, the check tries again when it is needed, and reports that.
     """
     waiting = None
     with suppress(OSError):
-        waiting = WaitingReload() if is_needed else None
+        waiting = start() if is_needed else None
     try:
         yield waiting
     finally:
