@@ -45,6 +45,15 @@ STAGE_PATCH = 16
 PIXELS_FILE, KEYS_FILE, SIZES_FILE = "pixels.npy", "keys.json", "sizes.npy"
 
 
+def summarize_shapes(rows: list[Row]) -> dict[str, float]:
+    """Return the median shorter side of images in pixels, and the share of long narrow ones."""
+    sizes = np.array([row.size for row in rows], dtype=float)
+    ratio = sizes.max(1) / sizes.min(1)
+    return {
+        "median_side": float(np.median(sizes.min(1))), "elongated": float(np.mean(ratio > 2))
+    }  # fmt: skip
+
+
 @dataclass(frozen=True)
 class ImageInputs:
     """Encode images as pixels, as the source's own processor makes them.
@@ -152,14 +161,9 @@ class ImageInputs:
 
     def summarize(self, rows: list[Row]) -> dict[str, float]:
         """Return median side in pixels, share of enlarged images and share of long narrow ones."""
-        sizes = np.array([row.size for row in rows], dtype=float)
-        ratio = sizes.max(1) / sizes.min(1)
-        return {
-            "median_side": float(np.median(sizes.min(1))),
-            "image_size": self.canvas_side,
-            "enlarged": float(np.mean(sizes.max(1) < self.canvas_side)),
-            "elongated": float(np.mean(ratio > 2)),
-        }
+        longest = np.array([row.size for row in rows]).max(1)
+        enlarged = float(np.mean(longest < self.canvas_side))
+        return summarize_shapes(rows) | {"image_size": self.canvas_side, "enlarged": enlarged}
 
     def decode_images(self, rows: list[Row]) -> list[Image.Image]:
         """Return the images themselves, in RGB.

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.utils.import_utils import is_torchvision_available
 
 from hftl.config.data import TEXT_PLACE
-from hftl.data.image_inputs import ImageInputs
+from hftl.data.image_inputs import ImageInputs, summarize_shapes
 from hftl.data.image_processing import wrap_processor_errors
 from hftl.data.rows import Row
 from hftl.data.text_inputs import EncodedRow, add_labels
@@ -201,13 +201,7 @@ class PromptedInputs(ImageInputs):
 
     def summarize(self, rows: list[Row]) -> dict[str, float]:
         """Return the median side in pixels and the share of long narrow pictures."""
-        sizes = np.array([row.size for row in rows], dtype=float)
-        ratio = sizes.max(1) / sizes.min(1)
-        return {
-            "median_side": float(np.median(sizes.min(1))),
-            "enlarged": 0.0,
-            "elongated": float(np.mean(ratio > 2)),
-        }
+        return summarize_shapes(rows) | {"enlarged": 0.0}
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer, and the processor's settings as its source has them."""
