@@ -349,6 +349,7 @@ def _run_until(
 def main() -> NoReturn:
     """Run a command and exit with its code: the entry point."""
     debug = "--debug" in sys.argv
+    _replace_closed_streams()
     if debug:
         # Typer takes an option of the program only before the name of the command.
         sys.argv = [sys.argv[0], "--debug", *[a for a in sys.argv[1:] if a != "--debug"]]
@@ -359,6 +360,7 @@ def main() -> NoReturn:
     interruption.exit_on_notices()
     pause_collections()
     try:
+        distributed.check_launch_variables()
         code = app(standalone_mode=False) or 0
     except HftlError as error:
         interruption.ignore_notices()
@@ -376,6 +378,13 @@ def main() -> NoReturn:
         distributed.close_process_group()
     freeze_imports()
     sys.exit(code)
+
+
+def _replace_closed_streams() -> None:
+    """Discard what is printed where the caller has closed the stream, which Python has as None."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (to the end)
 
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

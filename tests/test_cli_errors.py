@@ -264,6 +264,29 @@ def test_letters_that_a_terminal_lacks_are_no_error(
     assert printed in screen.buffer.getvalue()  # pyright: ignore
 
 
+def test_a_screen_that_is_closed_is_no_error(hftl: Hftl, monkeypatch: pytest.MonkeyPatch) -> None:
+    for stream in ("stdout", "stderr"):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, stream, None)
+            assert hftl("schema").code == 0
+            patch.setattr(sys, stream, None)
+            assert hftl("run", "nothing.yaml").code == 2
+
+
+def test_letters_that_a_locale_lacks_are_read(hftl: Hftl, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predict_table, "load", lambda model, base: Fake("text"))
+    outcome = hftl("predict", "run", "a good č film".encode().decode("ascii", "surrogateescape"))
+    assert outcome.code == 0 and "a good č film" in outcome.out
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+def test_a_variable_that_no_launcher_sets(
+    name: str, hftl: Hftl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "two")
+    hftl("check", "r.yaml").assert_error(2, f"{name}=two is no number", "Unset it")
+
+
 def test_help_schema_version_and_traceback(hftl: Hftl, recipe_file: Path) -> None:
     outcome = hftl()
     assert (outcome.code, outcome.err) == (0, "")

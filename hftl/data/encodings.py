@@ -31,6 +31,11 @@ SIGNATURES = {
     b"\x80\x04\x95": "a pickle", b"\x80\x05\x95": "a pickle", b"\x7fELF": "a program",
     b"\xd0\xcf\x11\xe0": "a document of an old Office",
 }  # fmt: skip
+CONTROL = re.compile(rb"[\x00\x02-\x08\x0e-\x1a\x1c\x1d\x7f]")
+"""Bytes that no text holds; 0x01, 0x1E and 0x1F separate the fields of some tables."""
+MAX_CONTROL = 0.05
+MIN_BYTES = 64
+"""Of fewer no share is taken: their line is refused, and may be skipped."""
 MAX_SHOWN = 40
 """Characters of a word that are shown."""
 
@@ -85,6 +90,8 @@ def advise_on_encoding(path: Path) -> str:
     other = describe_other_format(path)
     if other is not None:
         return f"Remove or replace {path.name}, which {other[0]}"
+    if is_binary(read_start(path)):
+        return f"Remove or replace {path.name}, which holds binary data"
     encoding = _guess_encoding(path)
     return "Correct it" if encoding is None else format_conversion(path, encoding)
 
@@ -109,6 +116,11 @@ def _is_in(line: bytes, encoding: str) -> bool:
     except UnicodeDecodeError:
         return False
     return True
+
+
+def is_binary(start: bytes) -> bool:
+    """Return whether the first bytes of a file hold too many that no text holds."""
+    return len(start) >= MIN_BYTES and len(CONTROL.findall(start)) > MAX_CONTROL * len(start)
 
 
 def read_start(path: Path) -> bytes:

@@ -3,17 +3,12 @@
 import re
 from pathlib import Path
 
-from hftl.data.encodings import describe_start, format_conversion, read_start
+from hftl.data.encodings import MIN_BYTES, describe_start, format_conversion, is_binary, read_start
 from hftl.errors import DataError
 
 MARKS = re.compile(rb"\xff\xfe|\xfe\xff|\0\0\xfe\xff")
 """Of UTF-16 and UTF-32, which `open_text` reads or refuses."""
 WEB_PAGE = re.compile(rb"\s*(<!doctype html|<html)", re.IGNORECASE)
-CONTROL = re.compile(rb"[\x00\x02-\x08\x0e-\x1a\x1c\x1d\x7f]")
-"""Bytes that no text holds; 0x01, 0x1E and 0x1F separate the fields of some tables."""
-MAX_CONTROL = 0.05
-MIN_BYTES = 64
-"""Of fewer no share is taken: their line is refused, and may be skipped."""
 MIN_NULS = 0.4
 """Share of the high bytes of UTF-16 that are 0 in a text of Latin letters."""
 
@@ -45,5 +40,5 @@ def refuse_other_format(path: Path, is_table: bool = True) -> None:
                 f"{path.name} is {encoding} without a mark of its byte order",
                 format_conversion(path, encoding),
             )
-    if len(CONTROL.findall(start)) > MAX_CONTROL * len(start):
+    if is_binary(start):
         raise DataError(f"{path.name} holds binary data, not text", "Check the file")

@@ -1,5 +1,6 @@
 """Read the rows that `hftl predict` is given: a table, a folder, one picture, or a text itself."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,6 +57,7 @@ def build_text_table(text: str, predictor: Predictor) -> InputTable:
     Raises:
         DataError: if the model reads anything but one text.
     """
+    text = _decode_argument(text)
     reads = "pictures" if predictor.modality == "image" else " and ".join(predictor.columns)
     if predictor.modality == "text" and len(predictor.columns) == 1:
         words = text.split() if predictor.task == "token-classification" else None
@@ -65,6 +67,17 @@ def build_text_table(text: str, predictor: Predictor) -> InputTable:
         f"there is no file or folder {text!r}, and the model reads no single text but {reads}",
         "Give a table or a folder",
     )
+
+
+def _decode_argument(text: str) -> str:
+    """Return a text of the command line as UTF-8, where the locale's encoding has no such letters.
+
+    Python then has each of their bytes as a surrogate.
+    """
+    try:
+        return os.fsencode(text).decode("utf-8") if SURROGATES.search(text) else text
+    except UnicodeError:
+        return text
 
 
 def read_table(data: Path, predictor: Predictor) -> InputTable:

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
+from hftl.errors import RecipeError
+
 T = TypeVar("T")
 
 WAIT_TIMEOUT = timedelta(days=30)
@@ -26,6 +28,19 @@ _processes: list[tuple[str, int]] = []
 _raised_on_all = False
 _main_only = False
 """True while this process does the work of `broadcast_from_main`, and must wait for no other."""
+
+
+def check_launch_variables() -> None:
+    """Refuse what no launcher would set, and take this process for the only one then.
+
+    Raises:
+        RecipeError: naming the variable.
+    """
+    for name in ("RANK", "WORLD_SIZE"):
+        value = os.environ.get(name, "0")
+        if not value.isdecimal():
+            del os.environ[name]
+            raise RecipeError(f"the variable {name}={value} is no number of processes", "Unset it")
 
 
 def get_rank() -> int:

@@ -1,6 +1,7 @@
 """Build TrainingArguments from a recipe, and refuse before training what would fail in it."""
 
 import inspect
+import os
 from collections.abc import Mapping
 from copy import copy
 from importlib.util import find_spec
@@ -19,6 +20,7 @@ from hftl.runtime.hardware import choose_precision
 from hftl.train.hf_compat import use_one_device
 
 EVAL_BATCH_SIZE = 64
+LAUNCH_VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
 
 
 def build_training_arguments(
@@ -66,9 +68,12 @@ def build_training_arguments(
     except (ValueError, TypeError, ImportError, OSError) as error:
         # ImportError where an argument needs a package that is not installed, OSError where it
         # names a file that cannot be read.
+        fix = "Correct the section"
+        if os.environ.keys() & LAUNCH_VARIABLES:
+            # transformers starts the process group here, by what a launcher says.
+            fix += f"; or unset {' and '.join(LAUNCH_VARIABLES)}, if no launcher set them"
         raise RecipeError(
-            f"{section}.training: transformers refuses it: {format_error_line(error)}",
-            "Correct the section",
+            f"{section}.training: transformers refuses it: {format_error_line(error)}", fix
         ) from error
     # transformers would split a batch over all visible devices by itself (DataParallel).
     use_one_device(args)
