@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,37 @@ from hftl.runtime.run_folder import StageInputs, to_json
 from hftl.train.step_checkpoint import CheckpointSpec
 
 HEAD_FILE, FACTS_FILE = "head.safetensors", "told.json"
+
+
+@dataclass(frozen=True)
+class _StageJob:
+    """Hold an adaptation that is to be made."""
+
+    run: Run
+    plain: ExperimentContext
+    """The source as it is, which the guard compares with."""
+    before: list[FinishedStage]
+    """The adaptations that it goes on from."""
+    stage: Adapt
+    corpus: Corpus
+    folder: Path
+    reads: StageInputs
+    """What it depends on."""
+
+    @property
+    def context(self) -> ExperimentContext:
+        """Return what it starts from."""
+        return self.before[-1].context if self.before else self.plain
+
+    @property
+    def work(self) -> Path:
+        """Return the folder of its checkpoints."""
+        return self.run.folder / "checkpoints" / self.folder.name
+
+    @property
+    def checkpoint_key(self) -> StageInputs:
+        """Return what its checkpoints depend on."""
+        return build_checkpoint_key(self.reads, self.stage.training, distributed.get_world_size())
 
 
 def run_adaptations(
@@ -93,14 +124,15 @@ def _run_stage(
         "corpus": corpus.fingerprint,
         **build_context_inputs(here),
     }
+    job = _StageJob(run, context, before, stage, corpus, folder, reads)
     if not distributed.broadcast_from_main(lambda: is_stage_finished(run.folder, folder, reads)):
-        work, now = run.folder / "checkpoints" / folder.name, _build_checkpoint_key(reads, stage)
-        distributed.broadcast_from_main(lambda: check_unfinished(run.folder, work, now))
+        distributed.broadcast_from_main(
+            lambda: check_unfinished(run.folder, job.work, job.checkpoint_key)
+        )
         with show_activity(f"adapt {stage.objective} {stage.method} [{number}/{len(stages)}]"):
-            _adapt_stage(run, context, before, stage, corpus, folder, reads)
+            _adapt_stage(job)
     else:
-        work = run.folder / "checkpoints" / folder.name
-        distributed.broadcast_from_main(lambda: shutil.rmtree(work, ignore_errors=True))
+        distributed.broadcast_from_main(lambda: shutil.rmtree(job.work, ignore_errors=True))
     facts = run_folder.read_part(folder / FACTS_FILE, AdaptationFacts)
     run.say(console.format_adaptation(summarize_adaptation(facts)))
     if facts.weights_sha256 is None:
@@ -142,34 +174,15 @@ def check_adaptations(recipe: Recipe, source: SourceModel) -> None:
             )
 
 
-def _adapt_stage(
-    run: Run,
-    plain: ExperimentContext,
-    before: list[FinishedStage],
-    stage: Adapt,
-    corpus: Corpus,
-    folder: Path,
-    reads: StageInputs,
-) -> None:
-    """Train a new head, adapt, and write what the guard allows.
-
-    Args:
-        run: the run in progress.
-        plain: the source as it is, which the guard compares with.
-        before: the adaptations that this one goes on from.
-        stage: the recipe's section.
-        corpus: what it learns from.
-        folder: where it is kept.
-        reads: what it depends on.
-    """
-    seed = run.recipe.data.seed
-    context = before[-1].context if before else plain
-    work = run.folder / "checkpoints" / folder.name
-    head = _prepare_head(run, plain, before, stage, corpus, work, reads)
+def _adapt_stage(job: _StageJob) -> None:
+    """Train a new head, adapt, and write what the guard allows."""
+    run, plain, stage, corpus = job.run, job.plain, job.stage, job.corpus
+    seed, context = run.recipe.data.seed, job.context
+    head = _prepare_head(job)
     model, _ = build_objective(context, plain, stage, seed, head / HEAD_FILE)
     set_trainable(model, context.source.architecture_spec, stage.method, stage.blocks, stage.lora)
     model.to(context.device)
-    rule = build_guard_rule(run.recipe, stage, before[0].facts if before else None)
+    rule = build_guard_rule(run.recipe, stage, job.before[0].facts if job.before else None)
     task = build_adaptation_task(context, plain, stage, corpus, seed)
     steps = training.count_steps(stage, len(task.train))  # pyright: ignore
     for warning in warn_of_small_corpus(stage, len(corpus.train), len(corpus.held_out)):
@@ -182,7 +195,7 @@ def _adapt_stage(
              f"about {console.format_duration(seconds)}")  # fmt: skip
     result = training.adapt_encoder(
         model, task, stage, rule, build_guard_metric(run.recipe, plain, rule, corpus, model), seed,
-        context.device, CheckpointSpec(work / "steps", _build_checkpoint_key(reads, stage)),
+        context.device, CheckpointSpec(job.work / "steps", job.checkpoint_key),
     )  # fmt: skip
     facts = AdaptationFacts(
         objective=stage.objective,
@@ -195,43 +208,32 @@ def _adapt_stage(
         warmed=run_folder.read_part(head / FACTS_FILE, HeadTraining),
         **vars(result),
     )
-    distributed.broadcast_from_main(
-        lambda: _commit_stage(context, stage, model, facts, head, folder, reads)
-    )
-    distributed.broadcast_from_main(lambda: shutil.rmtree(work))
+    distributed.broadcast_from_main(lambda: _commit_stage(job, model, facts, head))
+    distributed.broadcast_from_main(lambda: shutil.rmtree(job.work))
 
 
-def _prepare_head(
-    run: Run,
-    plain: ExperimentContext,
-    before: list[FinishedStage],
-    stage: Adapt,
-    corpus: Corpus,
-    work: Path,
-    reads: StageInputs,
-) -> Path:
+def _prepare_head(job: _StageJob) -> Path:
     """Return the folder of the objective's head: the source's own, or one trained on the corpus,
     from where an earlier adaptation has left it."""
-    head = work / "head"
-    reads = _build_checkpoint_key(reads, stage)
+    head, reads = job.work / "head", job.checkpoint_key
     if distributed.broadcast_from_main(lambda: run_folder.read_stage_inputs(head) == reads):
         return head
-    seed = run.recipe.data.seed
-    context = before[-1].context if before else plain
+    seed, context = job.run.recipe.data.seed, job.context
+    plain, stage = job.plain, job.stage
     _, lacking = build_objective(plain, plain, stage, seed, None)
-    last = _find_previous_head(before[-1].folder if before else None, stage)
+    last = _find_previous_head(job.before[-1].folder if job.before else None, stage)
     model, _ = build_objective(context, plain, stage, seed, last)
     facts = HeadTraining(steps=0, loss=None)
     if lacking:
         # The encoder stands still, so that no teacher has to hold it.
         task = build_adaptation_task(
-            context, plain, stage.model_copy(update={"distill": 0.0}), corpus, seed
+            context, plain, stage.model_copy(update={"distill": 0.0}), job.corpus, seed
         )
         model.to(context.device)
         with show_activity("the objective's new head"):
             facts = training.train_new_head(
                 model, lacking, task, stage, seed, context.device,
-                CheckpointSpec(work / "head-steps", reads),
+                CheckpointSpec(job.work / "head-steps", reads),
             )  # fmt: skip
 
     def keep() -> None:
@@ -243,11 +245,6 @@ def _prepare_head(
     return head
 
 
-def _build_checkpoint_key(reads: StageInputs, stage: Adapt) -> StageInputs:
-    """Return what the checkpoints of an adaptation depend on."""
-    return build_checkpoint_key(reads, stage.training, distributed.get_world_size())
-
-
 def _find_previous_head(before: Path | None, stage: Adapt) -> Path | None:
     """Return the head of the adaptation before, where it had the same objective."""
     if before is None:
@@ -256,23 +253,16 @@ def _find_previous_head(before: Path | None, stage: Adapt) -> Path | None:
     return before / HEAD_FILE if facts.objective == stage.objective else None
 
 
-def _commit_stage(
-    context: ExperimentContext,
-    stage: Adapt,
-    model: Any,
-    facts: AdaptationFacts,
-    head: Path,
-    folder: Path,
-    reads: StageInputs,
-) -> None:
+def _commit_stage(job: _StageJob, model: Any, facts: AdaptationFacts, head: Path) -> None:
     """Write what the adaptation leaves: its figures, its head, and the encoder if it changed."""
-    with run_folder.commit_stage(folder, reads) as aside:
+    source = job.context.source
+    with run_folder.commit_stage(job.folder, job.reads) as aside:
         if facts.kept == "adapted":
-            write_encoder(context.source, merge_encoder_state(model), aside / "encoder")
-            changed_source = replace(context.source, folder=aside / "encoder")
+            write_encoder(source, merge_encoder_state(model), aside / "encoder")
+            changed_source = replace(source, folder=aside / "encoder")
             facts = facts.model_copy(update={"weights_sha256": hash_source_weights(changed_source)})
             save_file(_to_cpu(model.head_state()), aside / HEAD_FILE)
-            if stage.method == "lora":
+            if job.stage.method == "lora":
                 save_factors(extract_factors(model.encoder), aside / "lora.safetensors")
         else:
             shutil.copy(head / HEAD_FILE, aside / HEAD_FILE)
