@@ -208,5 +208,8 @@ def _write_failure(code: int, kind: str, message: str, error: BaseException | No
             if error is not None:
                 log.write(secrets.mask_secrets("".join(traceback.format_exception(error))))
     except OSError as full:
+        # A folder that may not be written was the error itself.
+        if isinstance(error, PermissionError) and isinstance(full, PermissionError):
+            return code
         typer.echo(f"hftl: the error could not be kept in {folder}: {full.strerror}", err=True)
     return code

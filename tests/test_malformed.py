@@ -5,6 +5,7 @@ process, and nothing trains, so that all of them end in seconds.
 """
 
 import copy
+import errno
 import io
 import json
 import os
@@ -672,6 +673,25 @@ def test_files_beside_the_folders_of_classes_are_named(suffix: str, tmp_path: Pa
         (tmp_path / "data" / f"{name}{suffix}").write_bytes(b"")
     with pytest.warns(DataWarning, match=rf"beside the folders .* other{suffix} and 1 more"):
         assert len(list(read(tmp_path / "data"))) == 2
+
+
+@pytest.mark.parametrize("kind", ["imagefolder", "textfolder"])
+def test_a_folder_that_may_not_be_read_is_no_empty_one(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for label in ("dark", "light"):
+        (tmp_path / "data" / label).mkdir(parents=True)
+        (tmp_path / "data" / label / "a.txt").write_bytes(b"")
+    scan = os.scandir
+
+    def refuse(path: Any) -> Any:
+        if str(path).endswith("light"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="light"):
+        list(READERS[kind](tmp_path / "data"))
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,17 @@ def test_a_warm_up_longer_than_the_training_is_named(recipe_tree: dict[str, Any]
         assert not list_warnings(recipe_tree, fits)
 
 
+def test_words_and_revisions_that_say_nothing_are_named(recipe_tree: dict[str, Any]) -> None:
+    recipe_tree["source"]["revision"] = "a" * 40
+    recipe_tree["data"]["label_names"] = {"negative": "a film", "positive": "a film"}
+    recipe = Recipe.parse(recipe_tree)
+    (warned, revision) = (
+        [w for w in bench_of(recipe).run_preflight(recipe, recipe.arms).warnings if key in w]
+        for key in ("label_names", "source.revision")
+    )
+    assert len(revision) == 1 and "'a film' for 'negative' and 'positive'" in warned[0]
+
+
 def test_a_rate_that_is_high_for_adapters_is_named(recipe_tree: dict[str, Any]) -> None:
     recipe_tree["measure"] = {"seeds": [0], "arms": ["scratch", "head"]}
     recipe_tree["finetune"]["training"]["learning_rate"] = 3.0

@@ -6,7 +6,7 @@ in which warnings are shown.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from hftl.models.architectures import get_max_tokens
 from hftl.models.source import SourceModel
 from hftl.plurals import choose_verb, count_noun
 from hftl.runtime.distributed import get_world_size
+from hftl.runtime.paths import is_local
 from hftl.train.facts import CheckFacts, Finding
 from hftl.train.steps import (
     count_training_steps,
@@ -151,6 +152,7 @@ def check_labels(run: PreflightContext) -> Iterator[str]:
     for of_split in counts.values():
         total.update(of_split)
     yield from find_doubtful_names(total)
+    yield from _warn_of_label_words(run.recipe.data.label_names or {})
     # Of a few rows that read like missing values nothing more is said than that.
     train = {n: k for n, k in counts.get("train", {}).items() if not is_stray_value(n, total[n])}
     least, most = min(train.values(), default=0), max(train.values(), default=0)
@@ -162,6 +164,18 @@ def check_labels(run: PreflightContext) -> Iterator[str]:
             f"the class {rare!r} has {train[rare]} of {sum(train.values())} training rows; "
             f"accuracy hides it, consider measure.metric=f1{weights}"
         )
+
+
+def _warn_of_label_words(words: Mapping[str, str]) -> Iterator[str]:
+    """Warn of labels that a reader of the card could not tell apart, or not read."""
+    labels: dict[str, str] = {}
+    for label, text in words.items():
+        if not text.strip():
+            yield f"data.label_names has no words for {label!r}; give some, or leave it out"
+        elif text in labels:
+            both = f"{labels[text]!r} and {label!r}"
+            yield f"data.label_names has {text!r} for {both}; tell them apart"
+        labels.setdefault(text, label)
 
 
 def check_learning_rates(run: PreflightContext) -> Iterator[str]:
@@ -222,6 +236,11 @@ def check_public_id(run: PreflightContext) -> Iterator[str]:
         yield (
             "the source model has no public id, so the adapter could not be pushed; set "
             "source.published_as"
+        )
+    if run.recipe.source.revision is not None and is_local(run.recipe.source.model):
+        yield (
+            "source.revision is of the hub, and source.model is on this machine: it is not read; "
+            "remove it"
         )
 
 

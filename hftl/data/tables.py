@@ -6,12 +6,13 @@ comes from. To read another format, write one such function and name it in `READ
 """
 
 import json
+import os
 import warnings
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hftl.config.data import Data, GeneralTable, Table
 from hftl.data.csv_reader import read_csv
@@ -250,10 +251,20 @@ def _list_class_folders(path: Path, suffixes: Container[str]) -> list[Path]:
 
 
 def _list_files(folder: Path) -> list[Path]:
-    """Return every file below the folder, dangling links too, without what is hidden or junk."""
-    files = (file for file in folder.rglob("*") if not file.is_dir())
-    parts = ((file, file.relative_to(folder).parts) for file in files)
-    return sorted(file for file, names in parts if not any(map(_is_junk, names)))
+    """Return every file below the folder, dangling links too, without what is hidden or junk.
+
+    Raises:
+        OSError: if a folder cannot be read: its files would be missing.
+    """
+    files: list[Path] = []
+    for parent, folders, names in os.walk(folder, onerror=_raise_error):
+        folders[:] = [name for name in folders if not _is_junk(name)]
+        files += [Path(parent, name) for name in names if not _is_junk(name)]
+    return sorted(files)
+
+
+def _raise_error(error: OSError) -> NoReturn:
+    raise error
 
 
 def _is_junk(name: str) -> bool:
