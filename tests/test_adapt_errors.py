@@ -103,9 +103,10 @@ def test_bad_corpus_of_images(refuse: Refuse, image_recipe: Path, tmp_path: Path
         (here / name).mkdir()
     (here / "junk" / "a.png").write_bytes(JUNK)
     Image.new("RGB", (4, 4), "red").save(here / "small" / "dot.png")
+    (here / "t.csv").write_text("text\nsome words\n")
     for path, words in (
         ("junk", ["a.png", "not an image"]), ("none", ["none"]), ("./c", ["c", "does not exist"]),
-        ("small", ["dot.png", "patch of 8"]),
+        ("small", ["dot.png", "patch of 8"]), ("t.csv", ["t.csv: no column 'image'; it has text"]),
     ):  # fmt: skip
         refuse(image_recipe, 3, words, MAE, f"data.unlabeled={path}")
 

@@ -378,6 +378,15 @@ def test_a_pipe_or_device_is_no_table(bert: Path, run: Callable[..., None], tmp_
         run(3, f"{name} is neither a file nor a folder", bert, tmp_path / name)
 
 
+@pytest.mark.parametrize("columns", [{"text": ["text", "label"]}, {"label": "text"}])
+def test_label_that_is_an_input(
+    columns: dict[str, Any], bert: Path, run: Callable[..., None], tmp_path: Path
+) -> None:
+    (tmp_path / "a.csv").write_bytes(as_csv())
+    train = {"path": str(tmp_path / "a.csv"), **columns}
+    run(3, "data.train: the column|is both input and label", bert, tmp_path / "a.csv", train=train)
+
+
 def test_table_whose_classes_of_test_are_unseen(
     bert: Path, run: Callable[..., None], tmp_path: Path
 ) -> None:

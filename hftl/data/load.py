@@ -57,6 +57,13 @@ def load_rows(data: Data, part: str, bad: BadRows, spec: InputSpec) -> list[Row]
     contents = table.text_columns if spec.modality == "text" else [table.image]
     if spec.modality == "image" and data.reads_text_beside:
         contents = [table.image, *table.text_columns]
+    leaked = next((column for column in contents if column in table.label_columns), None)
+    if leaked is not None:
+        raise DataError(
+            f"data.{part}: the column {leaked!r} is both input and label, so that nothing is "
+            "learned",
+            f"Name other columns in data.{part}: {{text: ..., image: ..., label: ...}}",
+        )
     columns = [*contents, *table.label_columns, *([data.group] if data.group else [])]
     rows: list[Row] = []
     types: dict[str, str] = {}
@@ -128,7 +135,7 @@ def load_images(
     folder = get_table_folder(table, part)
     rows: list[Row] = []
     levels: list[Levels] = []
-    raws = islice(raws, most)
+    raws = check_columns(name, islice(raws, most), [table.image], part)
     for raw, image in inspect_images(raws, table.image, folder, data.max_pixels, spec.patch_size):
         if isinstance(image, ImageInfo):
             rows.append(Row((image.content,), "", None, raw.index, raw.where, part, image.size))
