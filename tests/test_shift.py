@@ -336,7 +336,7 @@ def test_estimated_prior_does_not_follow_probabilities_that_are_too_sure() -> No
         ([[90, 10], [10, 90]], 60, {"yes": 1, "nay": 1}, "no label 'nay'"),
         ([[90, 10], [10, 90]], 60, {"yes": -1, "no": 1}, "no mapping"),
         ([[90, 10], [10, 90]], 60, {"yes": 10**400, "no": 1}, "no mapping"),
-        ([[90, 10], [10, 90]], 60, "missing.json", "does not read"),
+        ([[90, 10], [10, 90]], 60, "missing.json", "No such file"),
     ],
 )
 def test_prior_that_cannot_be_used_is_refused(

@@ -113,7 +113,11 @@ def _read_shares(path: Path, names: list[str]) -> np.ndarray:
     """
     try:
         tree = read_json(path)
-    except (OSError, UnreadableJsonError) as error:
+    except OSError as error:
+        raise RecipeError(
+            f"--prior {path}: {error.strerror}", "Give auto, or the path of a file of shares"
+        ) from error
+    except UnreadableJsonError as error:
         raise RecipeError(
             f"--prior {path} does not read as JSON",
             'Give auto, or a file such as {"a": 0.2, "b": 0.8}',
