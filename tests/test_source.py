@@ -120,6 +120,14 @@ def test_folder_without_weights_is_refused(tmp_path: Path, bert: Path) -> None:
         build(source, "mean")
 
 
+def test_file_or_run_in_the_place_of_a_source_is_named(tmp_path: Path, bert: Path) -> None:
+    with pytest.raises(RecipeError, match=r"config.json is a file, expected the folder"):
+        find_folder(bert / "config.json")
+    (tmp_path / "recipe.yaml").write_text("")
+    with pytest.raises(RecipeError, match=r"is the folder of a run.*/publish"):
+        find_folder(tmp_path)
+
+
 def test_vit_mae_is_read_as_vit_without_its_decoder(tiny_model: Tiny) -> None:
     source = find_folder(tiny_model("vit_mae"))
     assert (source.architecture, source.model_type) == ("vit_mae", "vit")

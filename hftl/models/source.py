@@ -86,6 +86,8 @@ def find_source(source: Source, on_hub: bool = False) -> SourceModel:
     if path is not None and not path.exists():
         where, fix = paths.explain_missing_path(source.model)
         raise RecipeError(f"source.model: the folder {source.model} {where}", fix)
+    if path is not None:
+        _refuse_other_path(source.model, path)
     folder = path or _download_snapshot(source.model, source.revision, ["config.json"])
     _refuse_foreign_settings(source.model, folder)
     why = find_folder_fault(folder)
@@ -125,6 +127,20 @@ def find_source(source: Source, on_hub: bool = False) -> SourceModel:
     return SourceModel(
         source.model, folder, commit, public_id, False, config, kind, source.quantization
     )
+
+
+def _refuse_other_path(name: str, path: Path) -> None:
+    """Refuse a file, and a run folder, in the place of a model's folder."""
+    if not path.is_dir():
+        raise RecipeError(
+            f"source.model: {name} is a file, expected the folder of a model",
+            "Give the folder that holds config.json and model.safetensors",
+        )
+    if (path / "recipe.yaml").exists() and not (path / "config.json").exists():
+        raise RecipeError(
+            f"source.model: {name} is the folder of a run, expected that of a model",
+            f"Give what the run published, {name.rstrip('/')}/publish, if that is a whole model",
+        )
 
 
 def _refuse_foreign_settings(name: str, folder: Path) -> None:
