@@ -53,7 +53,7 @@ CORPORA: dict[str, tuple[str, str | bytes | None, list[str]]] = {
         "c.txt", "a film\nthe plot\nan actor\n", ["fewer than one block of 16", "adapt.pack=false"],
     ),
     "one document": ("c.txt", "the film was good\n" * 9, ["1 document", "8 duplicates"]),
-    "binary junk": ("c.txt", JUNK, ["c.txt line"]),
+    "binary junk": ("c.txt", JUNK, ["c.txt holds binary data"]),
     "binary junk as csv": ("c.csv", JUNK, ["c.csv"]),
     "binary junk as parquet": ("c.parquet", JUNK, ["c.parquet"]),
     "missing": ("c.txt", None, ["data.unlabeled.path", "c.txt", "does not exist"]),
