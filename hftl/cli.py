@@ -361,6 +361,7 @@ def main() -> NoReturn:
     pause_collections()
     try:
         distributed.check_launch_variables()
+        _refuse_empty_argument()
         code = app(standalone_mode=False) or 0
     except HftlError as error:
         interruption.ignore_notices()
@@ -378,6 +379,15 @@ def main() -> NoReturn:
         distributed.close_process_group()
     freeze_imports()
     sys.exit(code)
+
+
+def _refuse_empty_argument() -> None:
+    """Refuse an empty argument, which as a path would be the current folder."""
+    if "" in sys.argv[1:]:
+        before = Path(sys.argv[sys.argv.index("", 1) - 1]).name
+        raise RecipeError(
+            f"the argument after {before} is empty", "Is a variable of the shell not set?"
+        )
 
 
 def _replace_closed_streams() -> None:

@@ -323,6 +323,14 @@ def test_help_and_a_misspelt_key_answer_at_once_in_a_shell(tmp_path: Path, missp
     assert seconds < 2
 
 
+@pytest.mark.parametrize("words", [
+    ("init", ""), ("check", ""), ("run", "r.yaml", "--output", ""), ("predict", "", "a"),
+])  # fmt: skip
+def test_empty_argument_is_no_current_folder(words: tuple[str, ...], hftl: Hftl) -> None:
+    before = words[words.index("") - 1]
+    hftl(*words).assert_error(2, f"the argument after {before} is empty", "variable of the shell")
+
+
 def test_the_command_line_imports_no_heavy_library() -> None:
     code = (
         "import sys; import hftl.cli; from hftl.config.recipe import Recipe; "

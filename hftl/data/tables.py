@@ -7,6 +7,7 @@ comes from. To read another format, write one such function and name it in `READ
 
 import json
 import os
+import shlex
 import warnings
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ from typing import Any, NoReturn
 
 from hftl.config.data import Data, GeneralTable, Table
 from hftl.data.csv_reader import read_csv
-from hftl.data.encodings import describe_other_format
+from hftl.data.encodings import describe_other_format, read_start
 from hftl.data.file_kinds import refuse_other_format
 from hftl.data.rows import RawRow, has_invalid_utf8, open_text
 from hftl.errors import DataError, DataWarning, HubError, RecipeError, format_error_line
@@ -59,7 +60,16 @@ def read_jsonl(path: Path) -> Iterator[RawRow]:
                 yield from (replace(bad, values=columns) for bad in early)
             yield replace(raw, values=columns | values)
     if columns is None and early:
-        raise DataError(f"{early[0].where}: {early[0].fault}", "Write one object a line")
+        raise DataError(f"{early[0].where}: {early[0].fault}", _advise_on_lines(path))
+
+
+def _advise_on_lines(path: Path) -> str:
+    """Return how a file without an object a line, such as a list of them, becomes one with."""
+    lines = path.with_name(f"{path.stem}-lines.jsonl")
+    is_list = read_start(path).lstrip()[:1] == b"["
+    return "Write one object a line" + (
+        f": jq -c '.[]' {shlex.quote(str(path))} > {shlex.quote(str(lines))}" if is_list else ""
+    )
 
 
 def _parse_json_object(line: str) -> tuple[dict[str, object], str | None]:
