@@ -61,15 +61,22 @@ def test_a_warm_up_longer_than_the_training_is_named(recipe_tree: dict[str, Any]
         assert not list_warnings(recipe_tree, fits)
 
 
+def list_check_warnings(recipe_tree: dict[str, Any], key: str) -> list[str]:
+    """Return the warnings of `hftl check` that name a key."""
+    recipe = Recipe.parse(recipe_tree)
+    warnings = bench_of(recipe).run_preflight(recipe, recipe.arms).warnings
+    return [warning for warning in warnings if key in warning]
+
+
 def test_words_and_revisions_that_say_nothing_are_named(recipe_tree: dict[str, Any]) -> None:
     recipe_tree["source"]["revision"] = "a" * 40
     recipe_tree["data"]["label_names"] = {"negative": "a film", "positive": "a film"}
-    recipe = Recipe.parse(recipe_tree)
-    (warned, revision) = (
-        [w for w in bench_of(recipe).run_preflight(recipe, recipe.arms).warnings if key in w]
-        for key in ("label_names", "source.revision")
-    )
-    assert len(revision) == 1 and "'a film' for 'negative' and 'positive'" in warned[0]
+    (warned,) = list_check_warnings(recipe_tree, "label_names")
+    assert "'a film' for 'negative' and 'positive'" in warned
+    assert len(list_check_warnings(recipe_tree, "source.revision")) == 1
+    # A push names the base at this commit.
+    recipe_tree["source"]["published_as"] = "org/base"
+    assert not list_check_warnings(recipe_tree, "source.revision")
 
 
 def test_a_rate_that_is_high_for_adapters_is_named(recipe_tree: dict[str, Any]) -> None:

@@ -230,17 +230,19 @@ def check_zero_shot_source(run: PreflightContext) -> Iterator[str]:
         )
 
 
-def check_public_id(run: PreflightContext) -> Iterator[str]:
-    """Warn of a source that strangers could not load an adapter on."""
+def check_base_reference(run: PreflightContext) -> Iterator[str]:
+    """Warn of a source that strangers could not load an adapter on, and of a commit of no hub."""
     if run.source.public_id is None:
         yield (
             "the source model has no public id, so the adapter could not be pushed; set "
             "source.published_as"
         )
-    if run.recipe.source.revision is not None and is_local(run.recipe.source.model):
+    source = run.recipe.source
+    # Of a copy on this machine it is the commit of `published_as`, which a push names.
+    if source.revision and source.published_as is None and is_local(source.model):
         yield (
             "source.revision is of the hub, and source.model is on this machine: it is not read; "
-            "remove it"
+            "remove it, or set source.published_as"
         )
 
 
@@ -300,7 +302,7 @@ CHECKS: tuple[Check, ...] = (
     check_learning_rates,
     check_lengths_of_training,
     check_zero_shot_source,
-    check_public_id,
+    check_base_reference,
     check_dropped_rows,
     check_rows,
     check_fingerprints,
