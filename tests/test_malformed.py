@@ -4,6 +4,7 @@ A case is a name, what the line must contain, and how to make the input. Command
 process, and nothing trains, so that all of them end in seconds.
 """
 
+import bz2
 import copy
 import errno
 import io
@@ -13,6 +14,7 @@ import re
 import shutil
 import struct
 import warnings
+import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +33,7 @@ from support.planted_defects import reconfigure, rewrite
 from support.records import add_forgetting, make_record
 
 from hftl.data.tables import READERS
-from hftl.errors import DataWarning
+from hftl.errors import DataError, DataWarning
 from hftl.runtime.run_folder import to_json
 
 MAX_LINE = 500
@@ -212,6 +214,15 @@ def as_parquet(**columns: Any) -> bytes:
     return sink.getvalue()
 
 
+def as_archive(name: str) -> bytes:
+    """Return a zip of many files, the last of this name."""
+    sink = io.BytesIO()
+    with zipfile.ZipFile(sink, "w") as archive:
+        for other in (*(f"docProps/{n}.xml" for n in range(20)), name):
+            archive.writestr(other, "<a/>")
+    return sink.getvalue()
+
+
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 TEXTS = [text for text, _ in ROWS]
 LABELS = [label for _, label in ROWS]
@@ -228,6 +239,9 @@ TABLES: dict[str, tuple[str, bytes, str, dict[str, Any]]] = {
     "a line of noise": ("a.csv", bytes(range(1, 10)) * 90, "a.csv holds binary data", {}),
     "a picture": ("a.csv", b"\x89PNG\r\n\x1a\n" + bytes(range(256)), "a.csv is a PNG", {}),
     "an archive": ("a.csv", b"PK\x03\x04" + bytes(range(256)), "packed by zip. Unpack it", {}),
+    "a sheet as csv": ("a.csv", as_archive("xl/workbook.xml"), "a spreadsheet|save the sheet", {}),
+    "a document": ("a.txt", as_archive("word/document.xml"), "of a word processor|plain text", {}),
+    "an old sheet": ("a.csv", b"\xd0\xcf\x11\xe0\xa1\xb1", "an old Office|save it as CSV", {}),
     "gzip": ("a.jsonl", b"\x1f\x8b\x08" + bytes(range(256)), "packed by gzip. Unpack it", {}),
     "Parquet as a csv": ("a.csv", as_parquet(text=TEXTS, label=LABELS), "Name it a.parquet", {}),
     "JSON as a csv": ("a.csv", as_jsonl(), "a.csv holds JSON|Name it a.jsonl", {}),
@@ -362,6 +376,21 @@ def test_table(case: str, bert: Path, run: Callable[..., None], tmp_path: Path) 
     name, content, words, more = TABLES[case]
     (tmp_path / name).write_bytes(content)
     run(3, words, bert, tmp_path / name, **more)
+
+
+def test_a_text_may_begin_with_the_letters_of_a_format(tmp_path: Path) -> None:
+    starts = (
+        "PAR1,PAR2,label", "PK,text", "%PDF-1.7 is a format", "BZh91AY&SY begins bzip2",
+        "version https://git-lfs.github.com/spec/v1 is a line", "SQLite format 3", "ARROW1", "7z",
+        "GIF89a", "BM", "II*",
+    )  # fmt: skip
+    for start in starts:
+        (tmp_path / "a.txt").write_text(f"{start}\n", encoding="utf-8")
+        assert [row.values["text"] for row in READERS["txt"](tmp_path / "a.txt")] == [start]
+    for content in (b"%PDF-1.4\n%\xe2\xe3\n", bz2.compress(b"a text"), as_parquet(text=[])):
+        (tmp_path / "a.txt").write_bytes(content)
+        with pytest.raises(DataError, match="a PDF|packed by bzip2|a Parquet file"):
+            [*READERS["txt"](tmp_path / "a.txt")]
 
 
 def test_names_that_are_too_long(bert: Path, run: Callable[..., None], hftl: Hftl) -> None:

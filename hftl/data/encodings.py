@@ -1,7 +1,8 @@
 """Say which encoding or format a file is in that is not text in UTF-8, and how to convert it.
 
 A mark at the beginning decides between UTF-8 and UTF-16; nothing else is guessed when rows are
-read.
+read. A text may begin with any letters: the signature of a format that is made of letters alone
+counts only with bytes after it that no text has there.
 """
 
 import re
@@ -18,24 +19,45 @@ BAD_BYTE = "not valid UTF-8: byte"
 WINDOWS, DOS = "cp1252", "cp850"
 START_BYTES = 512
 """Bytes at the beginning of a file that are looked at."""
+END_BYTES = 16384
+"""Bytes at the end of an archive that are looked at: most names of its files are there."""
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 """Begins what a checkout holds of a file whose content was not fetched."""
-PACKED = {
-    b"\x1f\x8b\x08": "gzip", b"PK\x03\x04": "zip", b"BZh91AY&SY": "bzip2", b"\xfd7zXZ\0": "xz",
-    b"(\xb5/\xfd": "zstd", b"7z\xbc\xaf\x27\x1c": "7-Zip",
-}  # fmt: skip
-SIGNATURES = {
-    b"%PDF-": "a PDF", b"\x89PNG\r\n": "a PNG picture", b"\xff\xd8\xff": "a JPEG picture",
-    b"ARROW1\0\0": "an Arrow file",
-    b"SQLite format 3\0": "an SQLite database", b"\x93NUMPY": "an array of NumPy",
-    b"\x80\x04\x95": "a pickle", b"\x80\x05\x95": "a pickle", b"\x7fELF": "a program",
-    b"\xd0\xcf\x11\xe0": "a document of an old Office",
-}  # fmt: skip
+LFS_KEY = b"\noid "
+"""Begins the line of a pointer that names the content."""
 CONTROL = re.compile(rb"[\x00\x02-\x08\x0e-\x1a\x1c\x1d\x7f]")
 """Bytes that no text holds; 0x01, 0x1E and 0x1F separate the fields of some tables."""
 MAX_CONTROL = 0.05
 MIN_BYTES = 64
 """Of fewer no share is taken: their line is refused, and may be skipped."""
+PARQUET = re.compile(rb"PAR1" + CONTROL.pattern)
+"""The beginning of a Parquet file; of the letters alone a gene's name begins, too."""
+OLD_OFFICE = b"\xd0\xcf\x11\xe0"
+"""Begins a document, or a spreadsheet, of an Office before 2007."""
+ZIP = "zip"
+PACKED = {
+    rb"\x1f\x8b\x08": "gzip", rb"PK\x03\x04": ZIP, rb"BZh[1-9]1AY&SY.{,16}[^\t-\r -~]": "bzip2",
+    rb"\xfd7zXZ\0": "xz", rb"\(\xb5/\xfd": "zstd", rb"7z\xbc\xaf\x27\x1c": "7-Zip",
+}  # fmt: skip
+"""Formats of packed files by a pattern of their beginning."""
+SIGNATURES = {
+    rb"%PDF-\d\.\d\s+(%|\d+ \d+ obj)": "a PDF", rb"\x89PNG\r\n": "a PNG picture",
+    rb"\xff\xd8\xff": "a JPEG picture", rb"ARROW1\0\0": "an Arrow file",
+    rb"SQLite format 3\0": "an SQLite database", rb"\x93NUMPY": "an array of NumPy",
+    rb"\x80[\x04\x05]\x95": "a pickle", rb"\x7fELF": "a program",
+}  # fmt: skip
+"""Other formats by a pattern of their beginning."""
+SPREADSHEET_ADVICE = (
+    "Open it and save the sheet as CSV UTF-8 (.csv), one header line above the rows"
+)
+TEXT_ADVICE = "Open it and save it as plain text in UTF-8 (.txt)"
+OFFICE_FILES = {
+    b"xl/workbook": ("is a spreadsheet", SPREADSHEET_ADVICE),
+    b"opendocument.spreadsheet": ("is a spreadsheet", SPREADSHEET_ADVICE),
+    b"word/document": ("is a document of a word processor", TEXT_ADVICE),
+    b"opendocument.text": ("is a document of a word processor", TEXT_ADVICE),
+}
+"""Archives of office programs by what they name, packed or not: what they are, and what to do."""
 MAX_SHOWN = 40
 """Characters of a word that are shown."""
 
@@ -62,21 +84,28 @@ def _decode_byte(byte: int) -> str:
 
 
 def describe_other_format(path: Path) -> tuple[str, str] | None:
-    """Return what a file is by its first bytes, and what to do; None where they say nothing."""
-    return describe_start(read_start(path))
-
-
-def describe_start(start: bytes) -> tuple[str, str] | None:
-    """Return what a file with these first bytes is, and what to do; None where they say nothing."""
-    if start.startswith(LFS_POINTER):
+    """Return what a file is by its content, and what to do; None where that says nothing."""
+    start = read_start(path)
+    if start.startswith(LFS_POINTER) and LFS_KEY in start:
         return "is a pointer of Git LFS, not the file itself", "Fetch it: git lfs pull"
+    if start.startswith(OLD_OFFICE):
+        return "is a document of an old Office", "Open it and save it as CSV or text in UTF-8"
     for signature, kind in PACKED.items():
-        if start.startswith(signature):
-            return f"is packed by {kind}", "Unpack it"
+        if re.match(signature, start, re.DOTALL):
+            office = _find_office_file(path, start) if kind == ZIP else None
+            return office or (f"is packed by {kind}", "Unpack it")
     for signature, kind in SIGNATURES.items():
-        if start.startswith(signature):
+        if re.match(signature, start):
             return f"is {kind}", "Name it by what it is, or give another file"
     return None
+
+
+def _find_office_file(path: Path, start: bytes) -> tuple[str, str] | None:
+    """Return what an archive of an office program is, and what to do; None of another archive."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - END_BYTES))
+        looked_at = start + file.read()
+    return next((said for name, said in OFFICE_FILES.items() if name in looked_at), None)
 
 
 def advise_on_encoding(path: Path) -> str:

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from hftl.config.data import Data, GeneralTable, Table
 from hftl.data.csv_reader import read_csv
-from hftl.data.encodings import describe_other_format, read_start
+from hftl.data.encodings import SPREADSHEET_ADVICE, describe_other_format, read_start
 from hftl.data.file_kinds import refuse_other_format
 from hftl.data.rows import RawRow, has_invalid_utf8, open_text
 from hftl.errors import DataError, DataWarning, HubError, RecipeError, format_error_line
@@ -219,7 +219,7 @@ def guess_format(path: Path) -> str:
     if path.suffix.lower() in SPREADSHEETS:
         raise DataError(
             f"{path.name}: the suffix {path.suffix!r} is of a spreadsheet, which is not read",
-            "Open it and save the sheet as CSV UTF-8 (.csv), one header line above the rows",
+            SPREADSHEET_ADVICE,
         )
     if name is None:
         raise DataError(
