@@ -1,12 +1,14 @@
 """Count the steps of a training against those that Trainer makes, and warn of long warm-ups."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import bench_of
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import DefaultFlowCallback
 
 from hftl.config.adapt import Adapt
 from hftl.config.recipe import Recipe
@@ -42,12 +44,19 @@ def list_warnings(recipe_tree: dict[str, Any], warmup: float, **finetune: Any) -
     return [warning for warning in facts.warnings if "warmup_steps" in warning]
 
 
-def test_an_evaluation_after_the_end_is_named() -> None:
-    training: dict[str, Any] = {"eval_delay": 6}
-    (warning,) = warn_of_late_evaluation(training, 5, "lora")
-    assert "eval_delay=6 is more than the 5 epochs of lora" in warning
-    assert not [*warn_of_late_evaluation(training, 6, "lora")]
-    assert not [*warn_of_late_evaluation(training | {"eval_strategy": "steps"}, 5, "lora")]
+@pytest.mark.parametrize("strategy", ["epoch", "steps"])
+@pytest.mark.parametrize("delay", [5, 6, 30, 31])
+def test_an_evaluation_after_the_end_is_named(strategy: str, delay: int, tmp_path: Path) -> None:
+    # 30 steps in 5 epochs, as TrainerCallback counts them.
+    training: dict[str, Any] = {"eval_delay": delay, "eval_strategy": strategy, "eval_steps": 7}
+    args, flow = TrainingArguments(str(tmp_path), **training), DefaultFlowCallback()
+    state = TrainerState(global_step=30, max_steps=30, epoch=5.0, eval_steps=7)
+    at_end = (flow.on_step_end, flow.on_epoch_end)
+    is_evaluated = any(end(args, state, TrainerControl()).should_evaluate for end in at_end)
+    warnings = [*warn_of_late_evaluation(training, 30, 5, "lora")]
+    assert bool(warnings) != is_evaluated
+    length = "5 epochs" if strategy == "epoch" else "30 steps"
+    assert all(f"eval_delay={delay} is more than the {length} of lora" in w for w in warnings)
 
 
 def test_a_warm_up_longer_than_the_training_is_named(recipe_tree: dict[str, Any]) -> None:
@@ -56,6 +65,8 @@ def test_a_warm_up_longer_than_the_training_is_named(recipe_tree: dict[str, Any]
     assert "warmup_steps=500 is more than 12 steps of lora" in first
     assert "steps of a rate that scratch tries" in second
     assert "of a phase of gradual" in list_warnings(recipe_tree, 500, strategy="gradual")[0]
+    phases = {"strategy": "gradual", "gradual": {"epochs": 2, "final_epochs": 0.5}}
+    assert "more than 6 steps of a phase" in list_warnings(recipe_tree, 8, **phases)[0]
     assert not list_warnings(recipe_tree, 500, training={"lr_scheduler_type": "constant"})
     for fits in (0, 0.5, 1, 4):
         assert not list_warnings(recipe_tree, fits)
@@ -86,6 +97,8 @@ def test_a_rate_that_is_high_for_adapters_is_named(recipe_tree: dict[str, Any]) 
     facts = bench_of(recipe).run_preflight(recipe, recipe.arms)
     assert [w for w in facts.warnings if "learning rate 3 is high for lora" in w]
     assert not [w for w in facts.warnings if "scratch" in w]
+    recipe_tree["finetune"]["training"]["optim"] = "sgd"
+    assert not list_check_warnings(recipe_tree, "learning rate")
 
 
 def test_a_warm_up_longer_than_an_adaptation_is_named() -> None:

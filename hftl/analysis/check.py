@@ -28,6 +28,7 @@ from hftl.runtime.paths import is_local
 from hftl.train.facts import CheckFacts, Finding
 from hftl.train.steps import (
     count_training_steps,
+    scale_length,
     warn_of_late_evaluation,
     warn_of_long_warmup,
 )
@@ -46,6 +47,8 @@ MAX_LEARNING_RATE = 2e-4
 """Above this, full and partial fine-tuning of a pretrained encoder mostly diverges."""
 HUGE_RATE = 0.02
 """Above this, adapters and heads do so."""
+ADAM = "adam"
+"""Is in the names of the optimizers that these rates are of, and of the default."""
 
 
 @dataclass(frozen=True)
@@ -182,6 +185,9 @@ def check_learning_rates(run: PreflightContext) -> Iterator[str]:
     """Warn of learning rates that destroy the source's weights."""
     for arm in run.arms:
         rate = arm.finetune.training["learning_rate"]
+        # What is usual is known of Adam and its kin; plain SGD takes a hundred times as much.
+        if ADAM not in arm.finetune.training.get("optim", ADAM):
+            continue
         if arm.spec.trains_encoder_weights and rate > MAX_LEARNING_RATE:
             yield (
                 f"learning rate {rate:g} is high for {arm.strategy} fine-tuning; 1e-5 to 1e-4 is "
@@ -202,20 +208,21 @@ def check_lengths_of_training(run: PreflightContext) -> Iterator[str]:
         steps = count_training_steps(training, rows, epochs, processes=world)
         an_epoch = count_training_steps(training | {"max_steps": -1}, rows, 1, processes=world)
         yield from warn_of_long_warmup(training, steps, "finetune", what)
-        yield from warn_of_late_evaluation(training, steps / an_epoch, what)
+        yield from warn_of_late_evaluation(training, steps, steps / an_epoch, what)
 
 
 def _find_shortest_training(recipe: Recipe, arm: Arm) -> tuple[dict[str, Any], float, str]:
     """Return the arguments of an arm's shortest training, its epochs, and what it is."""
-    training, epochs = arm.finetune.training, arm.finetune.training["num_train_epochs"]
+    training = arm.finetune.training
     if arm.spec.schedule == "phases":
-        return training, arm.finetune.gradual.epochs, f"a phase of {arm.name}"
+        phased = arm.finetune.gradual
+        # Without a last phase its epochs are 0.
+        epochs = min(phased.epochs, phased.final_epochs or phased.epochs)
+        return training, epochs, f"a phase of {arm.name}"
     if arm.spec.schedule != "rate_search":
-        return training, epochs, arm.name
-    share = recipe.measure.scratch.epochs_factor * SEARCH_SHARE
-    most = training.get("max_steps", -1)
-    training = training | ({"max_steps": max(1, round(most * share))} if most > 0 else {})
-    return training, epochs * share, f"a rate that {arm.name} tries"
+        return training, training["num_train_epochs"], arm.name
+    training = scale_length(training, recipe.measure.scratch.epochs_factor * SEARCH_SHARE)
+    return training, training["num_train_epochs"], f"a rate that {arm.name} tries"
 
 
 def check_zero_shot_source(run: PreflightContext) -> Iterator[str]:

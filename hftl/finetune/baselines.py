@@ -37,6 +37,7 @@ from hftl.runtime.progress import show_activity
 from hftl.runtime.run_folder import read_part, to_json
 from hftl.train.facts import ScratchSearch, TrialFacts, TriedRate
 from hftl.train.step_checkpoint import CheckpointSpec
+from hftl.train.steps import scale_length
 
 TRIAL_FILE = "trial.json"
 MAX_EXTRA_RATES = 2
@@ -274,13 +275,11 @@ def solve_majority(context: ExperimentContext, seed: int) -> ArmOutput:
 
 def _scale_budget(finetune: Finetune, rate: float, factor: float) -> Finetune:
     """Return scratch's own training: everything at one rate, and never stopped early."""
-    training = finetune.training
-    scaled = {"warmup_steps": WARMUP_SHARE, **training, "learning_rate": rate}
+    training = {"warmup_steps": WARMUP_SHARE, **finetune.training, "learning_rate": rate}
     # The statistics of random weights are those of no data.
-    own = {"strategy": "full", "training": scaled, "freeze_batchnorm": False}
-    scaled["num_train_epochs"] = float(training["num_train_epochs"]) * factor
-    if training.get("max_steps", 0) > 0:
-        scaled["max_steps"] = max(1, round(training["max_steps"] * factor))
+    own = {
+        "strategy": "full", "training": scale_length(training, factor), "freeze_batchnorm": False,
+    }  # fmt: skip
     unset = dict.fromkeys(("patience", "layer_decay", "lr"))
     return finetune.model_copy(update=own | unset)
 

@@ -1,4 +1,5 @@
-"""Count the optimizer steps of a training, and warn of a warm-up that outlasts them."""
+"""Count the optimizer steps of a training, and warn of what would come after the last of them: the
+end of a warm-up, or the first evaluation."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -32,6 +33,14 @@ def count_training_steps(
     return max(1, math.ceil(an_epoch * epochs))
 
 
+def scale_length(training: Mapping[str, Any], factor: float) -> dict[str, Any]:
+    """Return the arguments of a training that is so many times as long."""
+    scaled = {**training, "num_train_epochs": float(training["num_train_epochs"]) * factor}
+    if training.get("max_steps", 0) > 0:
+        scaled["max_steps"] = max(1, round(training["max_steps"] * factor))
+    return scaled
+
+
 def warn_of_long_warmup(
     training: Mapping[str, Any], steps: int, section: str, what: str
 ) -> Iterator[str]:
@@ -53,17 +62,23 @@ def warn_of_long_warmup(
     )
 
 
-def warn_of_late_evaluation(training: Mapping[str, Any], epochs: float, what: str) -> Iterator[str]:
-    """Warn where the end of no epoch is evaluated; by steps transformers evaluates the last one.
+def warn_of_late_evaluation(
+    training: Mapping[str, Any], steps: int, epochs: float, what: str
+) -> Iterator[str]:
+    """Warn where a training ends before its first evaluation.
 
     Args:
-        training: of the recipe's `finetune`.
+        training: of the recipe's `finetune`; its `eval_delay` counts what `eval_strategy` names.
+        steps: of the training.
         epochs: of the training.
         what: trains so long: an arm, or a phase of it.
     """
-    delay = training.get("eval_delay") or 0
-    if delay > epochs and training.get("eval_strategy", "epoch") == "epoch":
+    delay, unit = training.get("eval_delay") or 0, training.get("eval_strategy", "epoch")
+    # transformers evaluates the last step, too, if it is not before the delay.
+    length = epochs if unit == "epoch" else steps
+    if delay > length:
         yield (
-            f"finetune.training.eval_delay={delay:g} is more than the {epochs:g} epochs of {what}: "
-            "nothing is chosen on validation, and the last weights are kept; lower it"
+            f"finetune.training.eval_delay={delay:g} is more than the {length:g} "
+            f"{unit.removesuffix('s')}s of {what}: nothing is chosen on validation, and the last "
+            "weights are kept; lower it"
         )
