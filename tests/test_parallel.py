@@ -271,6 +271,7 @@ def test_placement(
     chosen = choose_placement(bench_of(recipe), recipe)
     assert (chosen.mode, chosen.processes) == expected, chosen
     assert chosen.local == (world == 1 and expected[0] == "arms")
+    assert chosen.sharing == (1 if expected[0] == "arms" else world)
     assert (chosen.text == "") == (expected[1] == 1)
 
 

@@ -72,6 +72,16 @@ def test_a_warm_up_longer_than_the_training_is_named(recipe_tree: dict[str, Any]
         assert not list_warnings(recipe_tree, fits)
 
 
+def test_steps_that_processes_share_are_fewer(recipe_tree: dict[str, Any]) -> None:
+    recipe_tree["finetune"]["training"] |= {"num_train_epochs": 1, "warmup_steps": 8}
+    recipe_tree["measure"] = {"seeds": [0], "arms": []}
+    recipe = Recipe.parse(recipe_tree)
+    bench = bench_of(recipe)
+    alone, shared = (bench.run_preflight(recipe, recipe.arms, n).warnings for n in (1, 2))
+    assert not [w for w in alone if "warmup_steps" in w]
+    assert [w for w in shared if "warmup_steps=8 is more than 6 steps of lora" in w]
+
+
 def list_check_warnings(recipe_tree: dict[str, Any], key: str) -> list[str]:
     """Return the warnings of `hftl check` that name a key."""
     recipe = Recipe.parse(recipe_tree)

@@ -23,7 +23,6 @@ from hftl.finetune.strategies import ZERO_SHOT_ARM
 from hftl.models.architectures import get_max_tokens
 from hftl.models.source import SourceModel
 from hftl.plurals import choose_verb, count_noun
-from hftl.runtime.distributed import get_world_size
 from hftl.runtime.paths import is_local
 from hftl.train.facts import CheckFacts, Finding
 from hftl.train.steps import (
@@ -55,7 +54,8 @@ ADAM = "adam"
 class PreflightContext:
     """Hold what is known of a run before anything trains.
 
-    `sizes` are the figures of the training rows' texts or images, see `summarize` of their inputs.
+    `sizes` are the figures of the training rows' texts or images, see `summarize` of their inputs;
+    `sharing` is how many processes share each training step.
     """
 
     recipe: Recipe
@@ -64,6 +64,7 @@ class PreflightContext:
     prepared: PreparedData
     sizes: dict[str, float]
     inputs: TextInputs | ImageInputs
+    sharing: int = 1
 
 
 Check = Callable[[PreflightContext], Iterator[str | Finding]]
@@ -75,10 +76,11 @@ def run_preflight_checks(
     source: SourceModel,
     inputs: TextInputs | ImageInputs,
     prepared: PreparedData,
+    sharing: int = 1,
 ) -> CheckFacts:
     """Return facts about the inputs, and `warnings`, each a sentence with what to do."""
     sizes = inputs.summarize(prepared.rows["train"][:SAMPLED_ROWS])
-    run = PreflightContext(recipe, arms, source, prepared, sizes, inputs)
+    run = PreflightContext(recipe, arms, source, prepared, sizes, inputs, sharing)
     results = [result for check in CHECKS for result in check(run)]
     findings = [result for result in results if isinstance(result, Finding)]
     warnings = [r.sentence if isinstance(r, Finding) else r for r in results]
@@ -204,9 +206,9 @@ def check_lengths_of_training(run: PreflightContext) -> Iterator[str]:
         if arm.spec.is_solved:
             continue
         training, epochs, what = _find_shortest_training(run.recipe, arm)
-        world = get_world_size()
-        steps = count_training_steps(training, rows, epochs, processes=world)
-        an_epoch = count_training_steps(training | {"max_steps": -1}, rows, 1, processes=world)
+        steps = count_training_steps(training, rows, epochs, processes=run.sharing)
+        whole = training | {"max_steps": -1}
+        an_epoch = count_training_steps(whole, rows, 1, processes=run.sharing)
         yield from warn_of_long_warmup(training, steps, "finetune", what)
         yield from warn_of_late_evaluation(training, steps, steps / an_epoch, what)
 

@@ -104,12 +104,17 @@ class ExperimentContext:
             lm_head=lm_head, _features={}, _probes={},
         )  # fmt: skip
 
-    def run_preflight(self, recipe: Recipe, arms: Sequence[Arm]) -> CheckFacts:
+    def run_preflight(self, recipe: Recipe, arms: Sequence[Arm], sharing: int = 1) -> CheckFacts:
         """Return the preflight's facts and warnings.
 
         With them `learning_rates` by the name of the arm, where its parts have their own.
+
+        Args:
+            recipe: of the run.
+            arms: of the run.
+            sharing: processes that share each training step.
         """
-        facts = run_preflight_checks(recipe, arms, self.source, self.inputs, self.prepared)
+        facts = run_preflight_checks(recipe, arms, self.source, self.inputs, self.prepared, sharing)
         rates = {
             arm.name: self.list_learning_rates(arm.finetune, chosen)
             for arm in arms

@@ -64,8 +64,7 @@ def run_arms(run: Run, context: ExperimentContext, arm_contexts: ArmContexts) ->
         stand = f"{total - len(jobs)} of {total}" if jobs else f"all {total}"
         run.say(f"  {stand} arms x seeds stand already")
     placement = distributed.broadcast_from_main(lambda: choose_placement(context, run.recipe))
-    deals = placement.mode == "arms"
-    sharing = 1 if deals else distributed.get_world_size()
+    deals, sharing = placement.mode == "arms", placement.sharing
     distributed.broadcast_from_main(lambda: _check_sharing(run, jobs, sharing))
     distributed.broadcast_from_main(lambda: _check_unfinished(run, jobs, sharing))
     dealt = [job for job in jobs if deals and not job.arm.spec.is_solved]

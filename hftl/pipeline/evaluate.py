@@ -161,13 +161,14 @@ def build_record(
     baseline = gain.baseline if gain else None
     scores = build_score_sections(recipe, context, run.arm_folder(own.name, seed))
     analysis = run.read_analyses()
+    sharing = choose_placement(context, recipe).sharing
     timings = {run.arm_folder(file.arm, file.seed).name: file.timings for file in arm_files}
     record = Record(
         schema_version=SCHEMA_VERSION,
         recipe=recipe,
         source=build_source_section(context),
         data=build_data_section(recipe, context),
-        check=context.run_preflight(recipe, run.arms),
+        check=context.run_preflight(recipe, run.arms, sharing),
         advice=build_advice_section(recipe, context, run.arms, arm_files, analysis),
         forward=context.inputs.forward_facts,
         adapt=build_adaptation_section(stages, own_context, source_gain, own.spec.trains_adapter),

@@ -41,7 +41,8 @@ def announce_run(run: Run, context: ExperimentContext, measures: bool) -> None:
     if not missing:
         return
     run.say(console.format_header(build_header(run.recipe, context, missing, measures)))
-    for warning in context.run_preflight(run.recipe, run.arms).warnings:
+    sharing = choose_placement(context, run.recipe).sharing
+    for warning in context.run_preflight(run.recipe, run.arms, sharing).warnings:
         run.say(f"  warning: {warning}")
 
 

@@ -45,6 +45,11 @@ class Placement:
     reason: str = ""
 
     @property
+    def sharing(self) -> int:
+        """Return how many processes share each training step."""
+        return 1 if self.mode == "arms" else self.processes
+
+    @property
     def text(self) -> str:
         """Return the line of the header; nothing for one process."""
         if self.processes == 1:
