@@ -279,12 +279,22 @@ def test_letters_that_a_locale_lacks_are_read(hftl: Hftl, monkeypatch: pytest.Mo
     assert outcome.code == 0 and "a good č film" in outcome.out
 
 
-@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+@pytest.mark.parametrize(
+    ("variables", "why"),
+    [
+        ({"RANK": "two"}, "RANK=two is no number of a process"),
+        ({"RANK": "1"}, "RANK=1 is not below the number of processes, WORLD_SIZE=1"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK=-1 is no number of a process"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two is no number of processes"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0 is no number of processes"),
+    ],
+)
 def test_a_variable_that_no_launcher_sets(
-    name: str, hftl: Hftl, monkeypatch: pytest.MonkeyPatch
+    variables: dict[str, str], why: str, hftl: Hftl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(name, "two")
-    hftl("check", "r.yaml").assert_error(2, f"{name}=two is no number", "Unset it")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    hftl("check", "r.yaml").assert_error(2, why, "Unset both RANK and WORLD_SIZE")
 
 
 def test_help_schema_version_and_traceback(hftl: Hftl, recipe_file: Path) -> None:

@@ -36,11 +36,18 @@ def check_launch_variables() -> None:
     Raises:
         RecipeError: naming the variable.
     """
-    for name in ("RANK", "WORLD_SIZE"):
-        value = os.environ.get(name, "0")
-        if not value.isdecimal():
-            del os.environ[name]
-            raise RecipeError(f"the variable {name}={value} is no number of processes", "Unset it")
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    why = None
+    if not world.isdecimal() or int(world) < 1:
+        why = f"the variable WORLD_SIZE={world} is no number of processes"
+    elif not rank.isdecimal():
+        why = f"the variable RANK={rank} is no number of a process"
+    elif int(rank) >= int(world):
+        why = f"the variable RANK={rank} is not below the number of processes, WORLD_SIZE={world}"
+    if why is not None:
+        for name in ("RANK", "WORLD_SIZE"):
+            os.environ.pop(name, None)
+        raise RecipeError(why, "Unset both RANK and WORLD_SIZE, or start a launcher")
 
 
 def get_rank() -> int:
