@@ -1,16 +1,21 @@
 """Read the arguments of TrainingArguments and LoraConfig, against the real classes."""
 
 import dataclasses
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from peft import LoraConfig
 from torch._inductor import list_mode_options
+from torch.distributed import rendezvous
 from transformers import TrainingArguments
 
 from hftl.config import upstream_args
+from hftl.config.recipe import Recipe
 from hftl.errors import RecipeError
+from hftl.pipeline.pipeline import check_recipe, run
 from hftl.train.arguments import build_training_arguments
 
 CLASSES = {"training": TrainingArguments, "lora": LoraConfig}
@@ -129,7 +134,6 @@ def test_arguments_of_an_optimizer_are_pairs(tmp_path: Path) -> None:
         ({"optim": "sgd", "optim_args": "momentum=much"}, "to float.* Correct optim_args"),
         ({"optim": "sgd", "optim_args": "nesterov=true"}, "requires a momentum"),
         ({"use_liger_kernel": True}, "use_liger_kernel=true: its package is not installed"),
-        ({"fp16": True}, "fp16=true needs an accelerator"),
     ],
 )  # fmt: skip
 def test_arguments_that_would_be_ignored_or_fail_later(
@@ -153,3 +157,50 @@ def test_arguments_that_an_optimizer_takes(tmp_path: Path) -> None:
 def test_names_of_nothing_are_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=rf"^adapt\.training.*{tmp_path}/no"):
         build_training_arguments("adapt", {name: f"{tmp_path}/no"}, {}, str(tmp_path), 0, "cpu")
+
+
+class Refusing:
+    """Stand for an optimizer that reads more than the trial parameter has."""
+
+    def __init__(self, params: Any, **settings: Any) -> None:
+        assert not settings, "no such setting"
+        raise RuntimeError("no GPU")
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"), [({}, "no GPU"), ({"a": 1}, "no such setting"), ({"model": 1}, None)]
+)
+def test_a_constructor_that_fails_is_no_bug(
+    settings: dict[str, Any], why: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = staticmethod(lambda args, model: (Refusing, settings))
+    monkeypatch.setattr("transformers.Trainer.get_optimizer_cls_and_kwargs", kind)
+    with nullcontext() if why is None else pytest.raises(RecipeError, match=f"here: .*{why}"):
+        build_training_arguments("adapt", {"optim": "lomo"}, {}, str(tmp_path), 0, "cpu")
+
+
+def test_a_launcher_is_named_where_its_processes_fail_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(RecipeError, match="refuses it: .* Correct the section$"):
+        build_training_arguments("adapt", {"lr": 1}, {}, str(tmp_path), 0, "cpu")
+    connect = partial(rendezvous, "env://?rank=0&world_size=2")
+    monkeypatch.setattr("hftl.train.arguments.TrainingArguments", lambda **_: next(connect()))
+    with pytest.raises(RecipeError, match="MASTER_ADDR.* or unset WORLD_SIZE, RANK, LOCAL_RANK"):
+        build_training_arguments("adapt", {}, {}, str(tmp_path), 0, "cpu")
+
+
+def test_fp16_without_a_gpu_is_checked_and_not_trained(
+    recipe_tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe_tree["finetune"]["training"] ["fp16"] = True
+    recipe = Recipe.parse(recipe_tree | {"measure": {"seeds": [0], "arms": []}})
+    monkeypatch.setattr("hftl.pipeline.pipeline.get_device", lambda: "cpu")
+    # It measures seconds.
+    monkeypatch.setattr("hftl.pipeline.pipeline.build_header", lambda *_: {})
+    _, facts = check_recipe(recipe)
+    assert [w for w in facts.warnings if "finetune.training.fp16=true needs" in w]
+    with pytest.raises(RecipeError, match="fp16=true needs an accelerator.* Leave it out"):
+        run(recipe, tmp_path / "run")

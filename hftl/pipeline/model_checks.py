@@ -22,7 +22,11 @@ from hftl.models.model_parts import get_encoder
 from hftl.pipeline.objectives import build_objective
 from hftl.publish import reload_check
 from hftl.publish.export import describe_quantization, export_model
-from hftl.train.arguments import build_finetune_arguments, build_training_arguments
+from hftl.train.arguments import (
+    build_finetune_arguments,
+    build_training_arguments,
+    describe_missing_fp16,
+)
 
 SAMPLED_ROWS = 2000
 """Training rows among which the shortest and the longest are sought."""
@@ -52,6 +56,28 @@ def validate_upstream_arguments(recipe: Recipe, device: str) -> None:
         build_training_arguments("adapt", stage.training, {}, "unused", 0, device)
         if stage.method != "full":
             build_lora_config(stage.lora, "adapt.lora")
+
+
+def list_missing_fp16(recipe: Recipe, device: str) -> list[str]:
+    """Return what is wrong with the recipe's trainings in fp16 where the device has none."""
+    trainings = [
+        ("finetune", arm.finetune.training) for arm in recipe.arms if not arm.spec.is_solved
+    ]
+    trainings += [("adapt", stage.training) for stage in recipe.all_stages]
+    faults = (describe_missing_fp16(section, training, device) for section, training in trainings)
+    return list(dict.fromkeys(fault for fault in faults if fault is not None))
+
+
+def refuse_missing_fp16(recipe: Recipe, device: str) -> None:
+    """Refuse to train in fp16 where the device has none.
+
+    Raises:
+        RecipeError: naming the section.
+    """
+    for fault in list_missing_fp16(recipe, device):
+        raise RecipeError(
+            fault, "Leave it out: bf16 is used where the processor multiplies it fast, else fp32"
+        )
 
 
 def check_models(recipe: Recipe, context: ExperimentContext) -> None:

@@ -36,7 +36,12 @@ from hftl.pipeline.evaluate import evaluate_run
 from hftl.pipeline.evaluate_adaptation import evaluate_adaptation
 from hftl.pipeline.faults import add_source_faults
 from hftl.pipeline.header import announce_run, build_adaptation_header, build_header
-from hftl.pipeline.model_checks import check_models, validate_upstream_arguments
+from hftl.pipeline.model_checks import (
+    check_models,
+    list_missing_fp16,
+    refuse_missing_fp16,
+    validate_upstream_arguments,
+)
 from hftl.pipeline.push import PushOptions, check_push_access, push_finished_run
 from hftl.pipeline.retention import (
     check_recipe_retention,
@@ -172,6 +177,7 @@ def _prepare_run(run: Run, until: str) -> tuple[Metric | None, ExperimentContext
     source = distributed.run_main_first(lambda: find_source(recipe.source))
     distributed.run_main_first(lambda: check_adaptations(recipe, source))
     distributed.run_main_first(lambda: validate_upstream_arguments(recipe, get_device()))
+    distributed.run_main_first(lambda: refuse_missing_fp16(recipe, get_device()))
     distributed.run_main_first(lambda: check_recipe_retention(recipe, source))
     with show_activity("data"):
         # The other processes take what the main one has found.
@@ -223,8 +229,12 @@ def check_recipe(recipe: Recipe, baseline: bool = False) -> tuple[dict[str, str]
         baseline: whether to score the baselines that train no encoder, too.
     """
     context, arms = open_recipe(recipe), recipe.arms
+    # It may be checked on another machine than the one that is to run it.
+    of_device = [f"{fault}; a run here is refused" for fault in
+                 list_missing_fp16(recipe, get_device())]  # fmt: skip
     if not arms:
         warnings = [*warn_of_positions(recipe, context.source), *check_corpora(recipe, context)]
+        warnings += of_device
         return build_adaptation_header(recipe, context), CheckFacts(warnings=warnings)
     if recipe.data.general is not None:
         data = pin_revisions(recipe.data, context.prepared.facts.hub_revisions)
@@ -235,7 +245,7 @@ def check_recipe(recipe: Recipe, baseline: bool = False) -> tuple[dict[str, str]
     check_models(recipe, context)
     of_corpora = check_corpora(recipe, context)
     facts = add_source_faults(recipe, context, context.run_preflight(recipe, arms))
-    warnings = [*facts.warnings, *of_corpora]
+    warnings = [*facts.warnings, *of_corpora, *of_device]
     jobs = [(arm, seed) for arm in arms for seed in recipe.measure.seeds]
     facts = facts.model_copy(update={"warnings": warnings})
     with multiply_fast(context):

@@ -1,7 +1,7 @@
 """Build TrainingArguments from a recipe, and refuse before training what would fail in it."""
 
 import inspect
-import os
+import traceback
 from collections.abc import Mapping
 from copy import copy
 from importlib.util import find_spec
@@ -14,13 +14,20 @@ from transformers import SchedulerType, Trainer, TrainingArguments, get_schedule
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.training_args import OptimizerNames
 
-from hftl.errors import RecipeError, format_error_line, suggest_closest
+from hftl.errors import RecipeError, format_error_line, join_names, suggest_closest
 from hftl.measure.metrics import METRICS, SELECTION_METRICS
 from hftl.runtime.hardware import choose_precision
 from hftl.train.hf_compat import use_one_device
 
 EVAL_BATCH_SIZE = 64
 LAUNCH_VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
+PARAMETER_SETTINGS = {"params", "model", "optimizer_dict"}
+"""Settings of an optimizer that stand for the parameters, as of GaLore and LOMO."""
+OPTIMIZER_ERRORS = (
+    ValueError, TypeError, AttributeError, ImportError, RuntimeError, AssertionError,
+)  # fmt: skip
+"""What transformers and the constructors of optimizers raise on settings that do not fit, or where
+a package or a GPU is missing."""
 
 
 def build_training_arguments(
@@ -40,12 +47,6 @@ def build_training_arguments(
     Raises:
         RecipeError: if transformers refuses the values.
     """
-    if device == "cpu" and training.get("fp16"):
-        # accelerate would train in fp32 without a word.
-        raise RecipeError(
-            f"{section}.training.fp16=true needs an accelerator, and the device is a CPU",
-            "Leave it out: bf16 is used where the processor multiplies it fast, else fp32",
-        )
     decided = {
         "output_dir": folder,
         "seed": seed,
@@ -68,22 +69,12 @@ def build_training_arguments(
     except (ValueError, TypeError, ImportError, OSError) as error:
         # ImportError where an argument needs a package that is not installed, OSError where it
         # names a file that cannot be read.
-        fix = "Correct the section"
-        if os.environ.keys() & LAUNCH_VARIABLES:
-            # transformers starts the process group here, by what a launcher says.
-            fix += f"; or unset {' and '.join(LAUNCH_VARIABLES)}, if no launcher set them"
-        raise RecipeError(
-            f"{section}.training: transformers refuses it: {format_error_line(error)}", fix
-        ) from error
+        raise _build_refusal(section, error) from error
     # transformers would split a batch over all visible devices by itself (DataParallel).
     use_one_device(args)
     _check_compiler(section, args)
     _check_reporting(section, args)
-    if args.use_liger_kernel and find_spec("liger_kernel") is None:
-        raise RecipeError(
-            f"{section}.training.use_liger_kernel=true: its package is not installed",
-            "Install it (pip install liger-kernel), or leave it out",
-        )
+    _check_kernels(section, args)
     _check_scheduler(section, args)
     _check_optimizer(section, args)
     return args
@@ -121,6 +112,43 @@ def build_finetune_arguments(
             "Leave it out",
         )
     return args
+
+
+def _build_refusal(section: str, error: Exception) -> RecipeError:
+    """Return the error of arguments that transformers refuses, or of a launcher's variables: it
+    starts the process group with the arguments."""
+    if any(module.startswith("torch.distributed") for module in _list_raising_modules(error)):
+        return RecipeError(
+            f"the processes of the launcher do not find each other: {format_error_line(error)}",
+            f"Launch them by torchrun or accelerate, or unset {join_names(LAUNCH_VARIABLES)}",
+        )
+    message = f"{section}.training: transformers refuses it: {format_error_line(error)}"
+    return RecipeError(message, "Correct the section")
+
+
+def _list_raising_modules(error: Exception) -> list[str]:
+    """Return the names of the modules whose functions an error came through."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return [str(frame.f_globals.get("__name__")) for frame in frames]
+
+
+def describe_missing_fp16(section: str, training: Mapping[str, object], device: str) -> str | None:
+    """Return what is wrong with training in fp16 on a CPU; None of other trainings.
+
+    accelerate would train in fp32 without a word.
+    """
+    if device != "cpu" or not training.get("fp16"):
+        return None
+    return f"{section}.training.fp16=true needs an accelerator, and the device is a CPU"
+
+
+def _check_kernels(section: str, args: TrainingArguments) -> None:
+    """Refuse the kernels of a package that is not installed."""
+    if args.use_liger_kernel and find_spec("liger_kernel") is None:
+        raise RecipeError(
+            f"{section}.training.use_liger_kernel=true: its package is not installed",
+            "Install it (pip install liger-kernel), or leave it out",
+        )
 
 
 def _check_compiler(section: str, args: TrainingArguments) -> None:
@@ -176,7 +204,7 @@ def _check_optimizer(section: str, args: TrainingArguments) -> None:
     name = f"{section}.training.optim={OptimizerNames(args.optim).value}"
     try:
         kind, settings = _build_optimizer_settings(args)
-    except (ValueError, AttributeError, ImportError) as error:
+    except OPTIMIZER_ERRORS as error:
         fix = "Install what it needs, or leave optim out"
         if pairs and not isinstance(error, ImportError):
             name, fix = f"{name} with optim_args={args.optim_args}", "Correct optim_args"
@@ -200,7 +228,7 @@ def _is_read(args: TrainingArguments, name: str) -> bool:
     for value in ("", "0", "1"):
         try:
             results.add(repr(_build_optimizer_settings(args, f"{name}={value}")[1]))
-        except (ValueError, AttributeError):
+        except OPTIMIZER_ERRORS:
             return True
     return len(results) > 1
 
@@ -211,14 +239,11 @@ def _build_optimizer_settings(
     """Return the class of the optimizer, and its settings with these arguments or its own.
 
     Raises:
-        ValueError, AttributeError, ImportError: where a value or a package is missing or wrong.
+        OPTIMIZER_ERRORS: where a value or a package is missing or wrong.
     """
     chosen = copy(args)
     chosen.optim_args = args.optim_args if optim_args is None else optim_args
     kind, settings = Trainer.get_optimizer_cls_and_kwargs(chosen, nn.Linear(1, 1))  # pyright: ignore
-    if optim_args is None and isinstance(kind, type) and "params" not in settings:
-        try:
-            kind([nn.Parameter(torch.zeros(1))], **settings)
-        except TypeError as error:
-            raise ValueError(str(error)) from error
+    if optim_args is None and isinstance(kind, type) and not settings.keys() & PARAMETER_SETTINGS:
+        kind([nn.Parameter(torch.zeros(1))], **settings)
     return kind, settings
