@@ -326,8 +326,10 @@ class FuzzCampaign:
         except subprocess.TimeoutExpired:
             problem = "hangs"
         else:
-            problem = "" if ended.returncode == 0 else ended.stderr[-2000:]
-            if not problem:
+            # A process that the system ended has nothing to say.
+            problem = f"exit {ended.returncode}: {ended.stderr[-2000:]}"
+            if ended.returncode == 0:
+                problem = ""
                 result = json.loads(ended.stdout.splitlines()[-1])
                 tries = result["tries"]
                 what += f", slowest {result['slowest']:.1f} s, {result['memory']} MiB"

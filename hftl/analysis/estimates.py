@@ -34,6 +34,8 @@ def estimate_score(
 ) -> Estimate:
     """Return the mean score over seeds with its interval over seeds and items.
 
+    Seeds that all score alike show no spread: the interval is then that of the first one's items.
+
     Args:
         metric: what is computed.
         labels: (rows, ...), see `metrics`.
@@ -49,8 +51,7 @@ def estimate_score(
         return Estimate(value=value, ci95=None)
     interval = mean_interval(values, sizes=np.bincount(assign_blocks(units)))
     if interval is not None and interval[1] - interval[0] < NO_WIDTH:
-        # All seeds score alike and err on other items, or on none: two seeds often do. The mean
-        # varies no more than one of them.
+        # They err on other items, or on none: two seeds often do. The mean varies no more than one.
         interval = score_with_interval(metric, labels, predictions[0], units).ci95
     return Estimate(value=value, ci95=clip_interval(interval, metric))
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
 
 from hftl.doctor.adapter_folder import (
     BLOCKING_KINDS,
@@ -190,10 +189,10 @@ def _list_missing_weights(source: SourceModel, model_class: Any, config: Any) ->
     try:
         with translate_build_errors():
             _check_size(source, model_class, config)
-            return set(load_class(source, model_class, config, {})[1])
-    except (ModelBuildError, SafetensorError) as error:
+    except ModelBuildError as error:
         what = f"{source.name} does not load: {format_error_line(error)}"
         raise RecipeError(what, "Correct its config.json") from error
+    return set(load_class(source, model_class, config, {})[1])
 
 
 def _check_size(source: SourceModel, kind: Any, config: Any) -> None:

@@ -1,7 +1,5 @@
 """Build the predictor of a finished run or a published folder, local or on a hub."""
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +30,15 @@ from hftl.models.architectures import (
     get_patch_size,
 )
 from hftl.models.encoders import hide_padding
-from hftl.models.model_parts import unwrap_adapter
+from hftl.models.model_parts import count_embedded_tokens, unwrap_adapter
 from hftl.models.prompt_processor import load_prompt_processor
-from hftl.models.source import BUILD_ERRORS, SourceModel, complete_padding, open_tokenizer
+from hftl.models.source import (
+    BUILD_ERRORS,
+    SourceModel,
+    TokenizerError,
+    complete_padding,
+    open_tokenizer,
+)
 from hftl.models.timm_architecture import TIMM_WRAPPER
 from hftl.models.timm_processor import build_timm_processor
 from hftl.publish.published_metadata import PublishedInputs, PublishedMetadata
@@ -96,7 +100,7 @@ def build_predictor(
     embedded = None
     if isinstance(inputs, TextInputs):
         stock: Any = unwrap_adapter(model.model)
-        embedded = stock.get_input_embeddings().num_embeddings
+        embedded = count_embedded_tokens(stock)
         if get_config_spec(config).is_causal:
             # The class finds the last token by it, and an adapter's base may name another, or none.
             stock.config.pad_token_id = inputs.tokenizer.pad_token_id
@@ -167,17 +171,12 @@ def _build_inputs(
     folder: Path, config: Any, task: str, published: PublishedInputs
 ) -> tuple[TextInputs | ImageInputs, list[str]]:
     """Build what encodes the model's inputs, and name the columns of a table that hold them."""
-    from transformers import AutoImageProcessor
-
     if get_config_spec(config).modality == "image":
         if config.model_type == TIMM_WRAPPER:
             with wrap_loading_errors(folder, BUILD_ERRORS):
                 processor: Any = build_timm_processor(config)
         else:
-            open_processor = partial(
-                AutoImageProcessor.from_pretrained, backend="pil", trust_remote_code=False
-            )
-            processor = _load_processor(open_processor, folder, "image processor")
+            processor = _load_image_processor(folder)
         data = Data(train=Table(path="."), max_pixels=published.max_pixels)
         columns, patch = [published.train.image], get_patch_size(config)
         if get_config_spec(config).image_sizes == "patches":
@@ -185,7 +184,7 @@ def _build_inputs(
         arguments = build_position_arguments(config, get_image_size(processor))
         return ImageInputs(data, processor, arguments, patch), columns
     inputs_class = WordInputs if task == "token-classification" else TextInputs
-    tokenizer = _load_processor(open_tokenizer, folder, "tokenizer")
+    tokenizer = _load_tokenizer(folder)
     complete_padding(tokenizer, config)
     if tokenizer.pad_token_id is None:
         raise build_loading_error(
@@ -223,26 +222,40 @@ def _build_prompted_inputs(
     return inputs, [published.train.image, *([str(text)] if TEXT_PLACE in prompt else [])]
 
 
-def _load_processor(open_one: Callable[[Path], Any], folder: Path, kind: str) -> Any:
-    """Load the folder's own tokenizer or processor.
-
-    Args:
-        open_one: returns that of a folder.
-        folder: of the model.
-        kind: the words for it.
+def _load_image_processor(folder: Path) -> Any:
+    """Load the folder's own image processor.
 
     Raises:
         RecipeError: if it has none.
         RunFolderError: if its settings are of another shape.
     """
+    from transformers import AutoImageProcessor
+
     with wrap_loading_errors(folder, BUILD_ERRORS):
         try:
-            return open_one(folder)
+            return AutoImageProcessor.from_pretrained(
+                folder, backend="pil", trust_remote_code=False
+            )
         except (ImportError, OSError, ValueError) as error:
             # OSError for a file that is missing or no JSON, ValueError for an unknown class,
             # ImportError for a class that needs a package which is not installed.
-            raise RecipeError(
-                f"{paths.get_display_name(folder)} has no usable {kind}: "
-                f"{format_error_line(error)}",
-                "Give a folder that hftl published, or save it beside the model",
-            ) from error
+            raise _build_missing_error(folder, "image processor", error) from error
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    """Load the folder's own tokenizer.
+
+    Raises:
+        RecipeError: if it has none.
+    """
+    try:
+        return open_tokenizer(folder)
+    except TokenizerError as error:
+        raise _build_missing_error(folder, "tokenizer", error) from error
+
+
+def _build_missing_error(folder: Path, kind: str, error: Exception) -> RecipeError:
+    return RecipeError(
+        f"{paths.get_display_name(folder)} has no usable {kind}: {format_error_line(error)}",
+        "Give a folder that hftl published, or save it beside the model",
+    )

@@ -21,6 +21,13 @@ def unwrap_adapter(model: nn.Module) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+def count_embedded_tokens(model: nn.Module) -> int:
+    """Return how many tokens a text encoder, or a task class around one, embeds."""
+    # Of the weight: LoRA on the embedding stands before it without a count of its own.
+    embedding: Any = model.get_input_embeddings()  # pyright: ignore
+    return embedding.weight.shape[0]
+
+
 def get_encoder(model: nn.Module, architecture: ArchitectureSpec) -> nn.Module:
     """Return the encoder of a `PooledModel`, a stock task class or an adapter over either."""
     if isinstance(model, PooledModel):

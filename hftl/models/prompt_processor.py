@@ -7,7 +7,7 @@ from transformers import ProcessorMixin
 from hftl.config.data import DEFAULT_PROMPT, TEXT_PLACE, Data
 from hftl.data.prompted_inputs import PromptedInputs
 from hftl.errors import RecipeError, format_error_line
-from hftl.models.source import BUILD_ERRORS, SourceModel, load_image_processor, load_tokenizer
+from hftl.models.source import CONFIG_ERRORS, SourceModel, load_image_processor, load_tokenizer
 
 
 def build_prompted_inputs(data: Data, source: SourceModel) -> PromptedInputs:
@@ -51,7 +51,7 @@ def load_prompt_processor(source: SourceModel) -> Any:
         settings, _ = known.get_processor_dict(source.folder)
         arguments = [parts.get(name) for name in known.get_attributes()]
         return PictureProcessor.from_args_and_dict(arguments, settings)
-    except (OSError, ImportError, *BUILD_ERRORS) as error:
+    except (ImportError, *CONFIG_ERRORS) as error:
         # OSError for a file that is missing or no JSON, ImportError for a package.
         raise RecipeError(
             f"source.model: {source.name} has no usable processor: {format_error_line(error)}",

@@ -11,7 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from hftl.config.section import Source
-from hftl.errors import RecipeError, format_error_line
+from hftl.errors import RecipeError, format_error_line, is_out_of_memory
 from hftl.models.architecture_spec import ArchitectureSpec
 from hftl.models.architectures import READ_AS, get_config_spec
 from hftl.models.config_limits import find_folder_fault
@@ -99,7 +99,7 @@ def find_source(source: Source, on_hub: bool = False) -> SourceModel:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except ImportError as error:  # ImageNet's label names are in timm alone
         raise build_missing_timm_error() from error
-    except (OSError, *BUILD_ERRORS) as error:
+    except CONFIG_ERRORS as error:
         raise RecipeError(
             f"source.model: {source.model} is no model: {format_error_line(error)}",
             "Give one with config.json and model.safetensors",
@@ -200,38 +200,48 @@ UNKNOWN_WORD = "\U00013000\u1400\ua900\U000103a0"
 """Letters of four scripts, not all of which a vocabulary has."""
 
 
-class TokenizerErrors:
-    """Raise what the tokenizers library raises as ValueError: `Exception` itself, or a panic."""
+class TokenizerError(ValueError):
+    """Report that a folder holds no tokenizer, or none that encodes every text."""
+
+
+class TranslatedTokenizerErrors:
+    """Turn what transformers and tokenizers raise on a tokenizer's files into TokenizerError."""
 
     def __enter__(self) -> None:
         """Begin."""
 
     def __exit__(self, kind: type[BaseException] | None, error: Any, _: object) -> None:
-        """Raise the error, if it is of no class of Python's or ours."""
-        # Rust's panics are BaseExceptions of a class that cannot be imported.
-        if kind is not None and (kind is Exception or kind.__name__ == "PanicException"):
-            raise ValueError(f"tokenizer.json: {error}") from error
+        """Raise a TokenizerError in place of such an error."""
+        if kind is None:
+            return
+        # The tokenizers library raises Exception itself, and panics, which are BaseExceptions of a
+        # class that cannot be imported; ImportError is of a package that a class asks for.
+        is_own = kind is Exception or kind.__name__ == "PanicException"
+        is_known = issubclass(kind, (*CONFIG_ERRORS, ImportError)) and not is_out_of_memory(error)
+        if is_own or is_known:
+            file = "tokenizer.json: " if is_own else ""
+            raise TokenizerError(f"{file}{format_error_line(error)}") from error
 
 
 def open_tokenizer(folder: Path) -> Any:
     """Return the tokenizer of a folder as it is saved, if it encodes any text.
 
     Raises:
-        ValueError: if its files make no sense; or others of `CONFIG_ERRORS`.
+        TokenizerError: if there is none, or its files make no sense.
     """
     from transformers import AutoTokenizer
 
-    with TokenizerErrors():
+    with TranslatedTokenizerErrors():
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         # Some need a token for what they do not know, and fail at the first such text without one.
         ids = tokenizer(UNKNOWN_WORD)["input_ids"]
-    names = tokenizer.model_input_names
+        tokens, names = tokenizer.convert_ids_to_tokens(ids), list(tokenizer.model_input_names)
     if "input_ids" not in names or not all(isinstance(name, str) for name in names):
-        raise ValueError(
+        raise TokenizerError(
             f"tokenizer_config.json: model_input_names is {names!r}, expected names with input_ids"
         )
-    if None in tokenizer.convert_ids_to_tokens(ids):
-        raise ValueError("tokenizer.json: it adds a token to a text that its vocabulary lacks")
+    if None in tokens:
+        raise TokenizerError("tokenizer.json: it adds a token to a text that its vocabulary lacks")
     return tokenizer
 
 
@@ -250,10 +260,9 @@ def load_tokenizer(source: SourceModel) -> Any:
     fix = "Save the tokenizer beside the model"
     try:
         tokenizer = open_tokenizer(source.folder)
-    except CONFIG_ERRORS as error:
+    except TokenizerError as error:
         raise RecipeError(
-            f"source.model: {source.name} has no usable tokenizer: {format_error_line(error)}",
-            fix,
+            f"source.model: {source.name} has no usable tokenizer: {error}", fix
         ) from error
     # Without tokenizer files transformers builds one that knows only the special tokens.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
@@ -324,7 +333,7 @@ def load_image_processor(source: SourceModel, image_size: int | None = None) -> 
         auto, more = ViTImageProcessorPil, {}
     try:
         return auto.from_pretrained(source.folder, **more)
-    except (OSError, ImportError, *BUILD_ERRORS) as error:
+    except (ImportError, *CONFIG_ERRORS) as error:
         # OSError for a file that is missing or no JSON, ImportError for a class that needs a
         # package which is not installed.
         raise RecipeError(

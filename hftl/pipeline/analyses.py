@@ -50,7 +50,7 @@ from hftl.runtime import run_folder
 from hftl.runtime.progress import show_activity
 from hftl.runtime.run_folder import SEMANTICS, to_json
 
-LAYOUT = 6
+LAYOUT = 7
 """Raised when an analysis holds other figures, or computes them otherwise."""
 TOKEN_POOLINGS = ("mean", "cls", "cls+mean")
 """Poolings of an encoder's tokens, in the words of `finetune.pooling`."""

@@ -18,7 +18,7 @@ from hftl.finetune.trainable import apply_strategy
 from hftl.finetune.zero_shot import check_zero_shot
 from hftl.models.heads import LoadedModel
 from hftl.models.lora import build_lora_config
-from hftl.models.model_parts import get_encoder
+from hftl.models.model_parts import count_embedded_tokens, get_encoder
 from hftl.pipeline.objectives import build_objective
 from hftl.publish import reload_check
 from hftl.publish.export import describe_quantization, export_model
@@ -176,8 +176,7 @@ def check_tokens(context: ExperimentContext, built: LoadedModel) -> None:
         DataError: naming the first such row.
     """
     tokenizer: Any = context.inputs.tokenizer  # pyright: ignore[reportAttributeAccessIssue]
-    encoder: Any = get_encoder(built.model, built.architecture)
-    embedded = encoder.get_input_embeddings().num_embeddings
+    embedded = count_embedded_tokens(get_encoder(built.model, built.architecture))
     if max(tokenizer.get_vocab().values()) < embedded:
         return
     for rows in context.prepared.rows.values():
