@@ -139,6 +139,15 @@ def test_lines_of_a_text_file_are_the_text_column(
     assert [(row["sentence"], row["label"]) for row in rows] == PREDICTED
 
 
+def test_junk_beside_texts_is_no_class(tmp_path: Path) -> None:
+    for folder in (".cache", "__MACOSX"):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+        put(tmp_path / "in" / folder / "x.txt", "no text")
+    put(tmp_path / "in" / "a.txt", "a good film")
+    put(tmp_path / "in" / "b.txt", "dull")
+    assert [(row["text"], row["label"]) for row in predict_rows(tmp_path / "in")] == PREDICTED
+
+
 def test_a_pair_is_read_from_two_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, Fake("a", "b"))
     data = put(tmp_path / "in.csv", "b,a\ngood,x\nx,x\n")

@@ -241,7 +241,7 @@ def refuse_device(path: Path) -> None:
 
 def _list_class_folders(path: Path, suffixes: Container[str]) -> list[Path]:
     """Return the folders, one a class; warn of files of these suffixes that lie beside them."""
-    folders = sorted(p for p in path.iterdir() if p.is_dir() and not _is_junk(p.name))
+    folders = list_folders(path)
     if not folders:
         raise DataError(f"{path.name} has no folders, one a class", "Check the path")
     names = [folder.name for folder in folders]
@@ -258,6 +258,11 @@ def _list_class_folders(path: Path, suffixes: Container[str]) -> list[Path]:
         # Of this line, so that a folder that is read again is named once.
         warnings.warn(message, DataWarning, stacklevel=1)
     return folders
+
+
+def list_folders(path: Path) -> list[Path]:
+    """Return the folders in a folder, in order, without what is hidden or junk."""
+    return sorted(p for p in path.iterdir() if p.is_dir() and not _is_junk(p.name))
 
 
 def _list_files(folder: Path) -> list[Path]:

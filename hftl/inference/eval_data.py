@@ -19,7 +19,7 @@ from hftl.data.labels import get_label_names
 from hftl.data.load import load_rows
 from hftl.data.normalization import normalize_content, normalize_name
 from hftl.data.rows import BadRows, InputSpec, Row
-from hftl.data.tables import READERS, SPLIT_NAMES, guess_format
+from hftl.data.tables import READERS, SPLIT_NAMES, guess_format, list_folders
 from hftl.errors import DataError, RecipeError, suggest_closest
 from hftl.inference.find_model import wrap_loading_errors
 from hftl.inference.predict import Predictor
@@ -78,7 +78,7 @@ def read_labelled_items(path: Path, predictor: Predictor, folder: Path) -> Label
 def _check_folder(path: Path, modality: str) -> None:
     """Refuse a folder of the other modality, or one that is no folder of classes."""
     fix = f"Give a folder with one folder of {modality}s a class, or a table"
-    classes = [p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")]
+    classes = list_folders(path)
     if not classes:
         raise DataError(f"{path} has no folders, one a class", fix)
     if all(p.name.lower() in SPLIT_NAMES for p in classes):

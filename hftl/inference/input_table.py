@@ -12,6 +12,7 @@ from hftl.data.tables import (
     IMAGE_SUFFIXES,
     READERS,
     guess_format,
+    list_folders,
     read_image_files,
     read_text_files,
 )
@@ -126,7 +127,7 @@ def _iterate_rows(data: Path, predictor: Predictor) -> Iterator[RawRow]:
     file_format = guess_format(data)
     if data.is_dir() and predictor.modality == "image":
         return read_image_files(data)
-    if file_format == "textfolder" and not any(path.is_dir() for path in data.iterdir()):
+    if file_format == "textfolder" and not list_folders(data):
         return read_text_files(data)
     return READERS[file_format](data)
 
