@@ -9,7 +9,7 @@ import typer
 from hftl import cli_errors
 from hftl.config.recipe import Recipe
 from hftl.errors import RecipeError
-from hftl.runtime import distributed
+from hftl.runtime import distributed, paths
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="a recipe file")]
 Overrides = Annotated[
@@ -25,8 +25,9 @@ Restart = Annotated[bool, typer.Option("--restart", help="throw away what the ru
 def check_run_folder(run: Path) -> Path:
     """Refuse a folder that is not there, before anything heavy is imported."""
     if not run.is_dir():
-        what = f"{run} is no folder" if run.exists() else f"there is no run folder {run}"
-        raise RecipeError(what, "Give the folder that `hftl run` wrote")
+        raise RecipeError(
+            paths.describe_no_folder(run, "run folder"), "Give the folder that `hftl run` wrote"
+        )
     return run
 
 

@@ -103,6 +103,24 @@ def test_what_is_no_place_is_refused(place: str) -> None:
         resolve_local_path(place, "source.model")
 
 
+@pytest.mark.parametrize(
+    ("address", "fix"),
+    [
+        ("https://huggingface.co/bert-base-uncased/tree/main", "hub id alone: bert-base-uncased"),
+        ("https://huggingface.co/org/m/blob/main/config.json", "hub id alone: org/m"),
+        ("https://huggingface.co/datasets/org/d/resolve/main/a.csv", "hub id alone: org/d"),
+        ("https://huggingface.co/spaces/org/s?x=1", "hub id alone: org/s"),
+        ("https://hf.co/org/m/", "hub id alone: org/m"), ("hf://org/m@main", "alone: org/m"),
+        ("hf://models/org/m", "hub id alone: org/m"), ("hf://datasets/d", "hub id alone: d"),
+        ("https://huggingface.co/", "Download it"), ("https://huggingface.co", "Download it"),
+        ("https://host/huggingface.co/org/m", "Download it"), ("hf://-x/y", "Download it"),
+    ],
+)  # fmt: skip
+def test_an_address_of_the_hub_gives_its_id(address: str, fix: str) -> None:
+    with pytest.raises(RecipeError, match=f"is an address, .*{fix}$|is an address.*{fix}, and"):
+        resolve_local_path(address, "source.model")
+
+
 def test_missing_path_in_a_package_is_refused(package: Path) -> None:
     with pytest.raises(RecipeError, match=r"source\.model: the package 'shipped_model' has no 'x'"):
         resolve_local_path("package:shipped_model/x", "source.model")

@@ -23,6 +23,13 @@ TABLE_FORMATS = {
 PACKAGE_PREFIX = "package:"
 ADDRESS = re.compile(r"(https?|ftp|file|hf|s3|gs):/+(.*)", re.DOTALL)
 """An address; of two slashes a path keeps one."""
+HUB_ADDRESS = re.compile(
+    r"(?:hf:/+|https?:/+(?:huggingface\.co|hf\.co)/+)(?:(?:models|datasets|spaces)/)?"
+    r"([^/@?#]+(?:/[^/@?#]+)?)"
+)
+"""An address of the hub, up to the id of a repository or, of one without an owner, a page in it."""
+HUB_PAGES = ("tree", "blob", "resolve", "raw", "discussions", "commits")
+"""What follows the id of a repository in addresses."""
 ASSETS_FOLDER = "assets"
 """Where benchmarks/assets.py builds the data and models of the recipes, each in its own folder."""
 TRANSIENT_STATUSES = (408, 429, 500, 502, 503, 504)
@@ -79,16 +86,24 @@ def _check_place(place: str, key: str) -> None:
         raise RecipeError(f"{key}: its name {what}", "Give a path or a hub id")
     address = ADDRESS.match(place)
     if address is not None and not Path(place).exists():
-        fix = "Download it, and give its path"
-        if address[1] == "hf" or address[2].startswith("huggingface.co/"):
-            parts = address[2].removeprefix("huggingface.co/").removeprefix("datasets/").split("/")
-            fix = f"Give the hub id alone: {'/'.join(parts[:2])}"
+        name = _find_hub_id(place)
+        fix = "Download it, and give its path" if name is None else f"Give the hub id alone: {name}"
         raise RecipeError(f"{key}: {place} is an address, not a path or a hub id", fix)
 
 
-def describe_no_folder(path: str | Path) -> str:
-    """Return the words for a path that is no folder: nothing, or a file."""
-    return f"{path} is no folder" if Path(path).exists() else f"there is no folder {path}"
+def _find_hub_id(address: str) -> str | None:
+    """Return the hub id in the address of a repository, or of a page or file in it."""
+    match = HUB_ADDRESS.match(address)
+    if match is None:
+        return None
+    owner, _, name = match[1].partition("/")
+    place = owner if name in HUB_PAGES else match[1]
+    return place if is_hub_id(place) else None
+
+
+def describe_no_folder(path: str | Path, kind: str = "folder") -> str:
+    """Return the words for a path that is no folder, or none of a kind: nothing, or a file."""
+    return f"{path} is no folder" if Path(path).exists() else f"there is no {kind} {path}"
 
 
 def resolve_published_path(place: str, key: str) -> Path | None:
