@@ -1,6 +1,7 @@
 """Compare every architecture's entry with what its stock class does, forward and backward."""
 
 import inspect
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -231,6 +232,17 @@ def test_refuses_other_layers_in_a_block_and_other_classes() -> None:
         get_config_spec(tiny_config("vit")).for_task(TOKEN_CLASSIFICATION)
     with pytest.raises(RecipeError, match=r"\(32, 64\) pixels, expected squares"):
         get_native_image_size(tiny_config("vit", image_size=[32, 64]))
+
+
+@pytest.mark.parametrize("size", [32, 32.0, [32.0, 32], 0, 32.5, "32", True, math.nan, []])
+def test_sides_of_images_are_whole_numbers(size: Any) -> None:
+    config = tiny_config("vit")
+    config.__dict__["image_size"] = size  # Not every class of configs checks its fields.
+    if size in (32, [32, 32]):
+        assert repr(get_native_image_size(config)) == "32"
+        return
+    with pytest.raises(RecipeError, match="expected a whole number above 0"):
+        get_native_image_size(config)
 
 
 @pytest.mark.parametrize(

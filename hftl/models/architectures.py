@@ -101,12 +101,18 @@ def get_native_image_size(config: Any) -> int | None:
 
 def _get_square_side(size: Any) -> int:
     sides = tuple(size) if isinstance(size, (list, tuple)) else (size,)
-    if not sides or any(type(side) is not int or side < 1 or side != sides[0] for side in sides):
+    if not sides or not all(type(side) in (int, float) and side % 1 == 0 < side for side in sides):
+        raise RecipeError(
+            f"source.model: its config.json has images or patches of {size!r} pixels, expected a "
+            "whole number above 0",
+            "Correct its config.json",
+        )
+    if len(set(sides)) > 1:
         raise RecipeError(
             f"source.model: it takes images or patches of {sides} pixels, expected squares",
             "Use a source model of square images",
         )
-    return sides[0]
+    return int(sides[0])
 
 
 def build_position_arguments(config: Any, side: int) -> dict[str, bool]:
