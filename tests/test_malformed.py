@@ -245,6 +245,8 @@ TABLES: dict[str, tuple[str, bytes, str, dict[str, Any]]] = {
     "gzip": ("a.jsonl", b"\x1f\x8b\x08" + bytes(range(256)), "packed by gzip. Unpack it", {}),
     "Parquet as a csv": ("a.csv", as_parquet(text=TEXTS, label=LABELS), "Name it a.parquet", {}),
     "JSON as a csv": ("a.csv", as_jsonl(), "a.csv holds JSON|Name it a.jsonl", {}),
+    "spaced JSON": ("a.csv", b'{ "text": "a", "label": "b" }\n', "a.csv holds JSON", {}),
+    "indented JSON": ("a.csv", b'[\n  {\n    "text": "a"\n  }\n]\n', "a.csv holds JSON", {}),
     "a web page": ("a.csv", b"<!DOCTYPE html>\n<html></html>\n", "a.csv is a web page", {}),
     "a pointer as csv": ("a.csv", POINTER, "a.csv is a pointer of Git LFS|git lfs pull", {}),
     "a pointer as Parquet": ("a.parquet", POINTER, "a.parquet is a pointer|git lfs pull", {}),
@@ -387,6 +389,9 @@ def test_a_text_may_begin_with_the_letters_of_a_format(tmp_path: Path) -> None:
     for start in starts:
         (tmp_path / "a.txt").write_text(f"{start}\n", encoding="utf-8")
         assert [row.values["text"] for row in READERS["txt"](tmp_path / "a.txt")] == [start]
+    for header in ("[id],text", "{name},text", "[],text", "{,text", "[[id]],text"):
+        (tmp_path / "a.csv").write_text(f"{header}\n1,a\n", encoding="utf-8")
+        assert [",".join(row.values) for row in READERS["csv"](tmp_path / "a.csv")] == [header]
     for content in (b"%PDF-1.4\n%\xe2\xe3\n", bz2.compress(b"a text"), as_parquet(text=[])):
         (tmp_path / "a.txt").write_bytes(content)
         with pytest.raises(DataError, match="a PDF|packed by bzip2|a Parquet file"):

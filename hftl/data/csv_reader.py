@@ -24,7 +24,8 @@ QUOTED_CELL = re.compile(r'"(?=.*"".)(?:[^"]|"")*"', re.DOTALL)
 """A cell that a writer of CSV has quoted, and hardly anyone else: it holds doubled quotes alone."""
 OTHER_SEPARATOR = re.compile(r"[^;\t|]+([;\t|])[^;\t|]+(\1[^;\t|]+)*")
 """A header of one cell that another separator would cut into columns."""
-JSON_STARTS = ('{"', "[{", '["')
+JSON_START = re.compile(r'\s*([\[{]\s*("|$)|\[\s*(\{|\[\s*"))')
+"""Begins an object or a list in JSON, on one line or on several, and no header: `[id]` is one."""
 TSV_RULE = "in a .tsv a quote is text and every line a row"
 PROFILED_ROWS = 5000
 """Rows from which a column's profile is taken."""
@@ -104,7 +105,7 @@ def _read_header(path: Path, reader: Any) -> list[str]:
     fault = find_encoding_fault(*header)
     if fault:
         raise DataError(f"{path.name} line 1: {fault}", advise_on_encoding(path))
-    if header[0].startswith(JSON_STARTS):
+    if JSON_START.match(",".join(header)):
         fix = f"Name it {path.stem}.jsonl, one object a line"
         raise DataError(f"{path.name} holds JSON, not a table with a header", fix)
     other = OTHER_SEPARATOR.fullmatch(header[0])
