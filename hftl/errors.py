@@ -35,15 +35,15 @@ def _strip_full_stop(text: str) -> str:
     return text if text.endswith(ELLIPSIS) else text.removesuffix(".")
 
 
-MAX_NAMES, MAX_NAME = 12, 60
+MAX_LISTED, MAX_LETTERS = 12, 60
 """Names of a list, and characters of each, that are shown."""
 
 
 def join_names(names: Iterable[str]) -> str:
     """Return names as a list in words, and of many how many more there are."""
-    shown = [n if len(n) <= MAX_NAME else f"{n[: MAX_NAME - 3]}..." for n in names]
-    more = f" and {len(shown) - MAX_NAMES} more" if len(shown) > MAX_NAMES else ""
-    return ", ".join(shown[:MAX_NAMES]) + more
+    shown = [n if len(n) <= MAX_LETTERS else f"{n[: MAX_LETTERS - 3]}..." for n in names]
+    more = f" and {len(shown) - MAX_LISTED} more" if len(shown) > MAX_LISTED else ""
+    return ", ".join(shown[:MAX_LISTED]) + more
 
 
 def rename_key(error: HftlError, key: str, option: str) -> HftlError:

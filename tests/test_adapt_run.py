@@ -35,7 +35,7 @@ from hftl.measure.record import AdaptSection, Gain, LadderRow, Record
 from hftl.measure.verdict import VerdictEvidence, decide_verdict
 from hftl.models.source import find_source, hash_source_weights
 from hftl.pipeline.corpus_checks import MAX_ROWS, check_corpora
-from hftl.pipeline.objectives import warn_of_small_corpus
+from hftl.pipeline.objectives import list_adaptation_warnings
 from hftl.pipeline.pipeline import check_recipe
 from hftl.publish.checks import check_files
 
@@ -326,7 +326,7 @@ def test_check_warns_of_few_steps(
     assert not [line for line in lines if "optimizer steps" in line]
     (line,) = [line for line in lines if "held out, too few to choose weights by" in line]
     (stage,) = longer.stages
-    assert not warn_of_small_corpus(stage, 10_000, 10)
+    assert not list_adaptation_warnings(stage, 10_000, 10)
     monkeypatch.setitem(MAX_ROWS, "text", 5)
     assert not check_corpora(longer, bench_of(longer)), "the rows that are not read count, too"
 

@@ -12,7 +12,7 @@ from transformers.trainer_callback import DefaultFlowCallback
 
 from hftl.config.adapt import Adapt
 from hftl.config.recipe import Recipe
-from hftl.pipeline.objectives import warn_of_small_corpus
+from hftl.pipeline.objectives import list_adaptation_warnings
 from hftl.train.steps import count_training_steps, warn_of_late_evaluation
 
 
@@ -113,6 +113,6 @@ def test_a_rate_that_is_high_for_adapters_is_named(recipe_tree: dict[str, Any]) 
 
 def test_a_warm_up_longer_than_an_adaptation_is_named() -> None:
     stage = Adapt(objective="mlm", training={"num_train_epochs": 1, "warmup_steps": 90})
-    (warning,) = warn_of_small_corpus(stage, 32 * 80, 1000)
+    (warning,) = list_adaptation_warnings(stage, 32 * 80, 1000)
     assert "adapt.training.warmup_steps=90 is more than 80 steps of mlm" in warning
-    assert not warn_of_small_corpus(stage, 32 * 90, 1000)
+    assert not list_adaptation_warnings(stage, 32 * 90, 1000)

@@ -195,7 +195,7 @@ def test_a_launcher_is_named_where_its_processes_fail_alone(
 def test_fp16_without_a_gpu_is_checked_and_not_trained(
     recipe_tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe_tree["finetune"]["training"] ["fp16"] = True
+    recipe_tree["finetune"]["training"]["fp16"] = True
     recipe = Recipe.parse(recipe_tree | {"measure": {"seeds": [0], "arms": []}})
     monkeypatch.setattr("hftl.pipeline.pipeline.get_device", lambda: "cpu")
     # It measures seconds.

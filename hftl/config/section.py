@@ -46,7 +46,8 @@ def find_repeated(values: Sequence[Any]) -> Any:
 
 
 def is_hub_id(place: str) -> bool:
-    """Return whether the hub may have something of that name; so a relative path may read, too."""
+    """Return whether the hub may have something of that name; a relative path may have that form,
+    too."""
     return HUB_ID_PATTERN.fullmatch(place) is not None
 
 

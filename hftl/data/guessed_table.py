@@ -30,7 +30,8 @@ from hftl.plurals import choose_verb, count_noun
 MAX_SAMPLE_ROWS = 2000
 """Rows that a guess is made from."""
 MAX_OPENED = 100
-"""Pictures that are opened, spread over the rows: a second or two. `hftl check` opens all."""
+"""Pictures that are opened, a second or two, spread over the rows that the guess is made from: of a
+long table not the end. `hftl check` opens all."""
 MAX_BAD = 0.1
 """Share of rows that may be left out; of more something is wrong with the guess or the table."""
 FEW_ROWS = 50

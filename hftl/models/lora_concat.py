@@ -201,17 +201,17 @@ def write_adapter(
         task_type=settings.task_type, inference_mode=True,
         base_model_name_or_path=settings.base, revision=settings.revision,
     )  # fmt: skip
-    written = config.to_dict() | {"target_modules": sorted(adapted)}
+    peft_config = config.to_dict() | {"target_modules": sorted(adapted)}
     base_class = settings.base_class
     if settings.task_type is None and base_class is not None:
-        written["auto_mapping"] = {
+        peft_config["auto_mapping"] = {
             "base_model_class": base_class.__name__, "parent_library": base_class.__module__,
         }  # fmt: skip
     tensors = {f"{PEFT_PREFIX}{path}.lora_A.weight": pair.a for path, pair in adapted.items()}
     tensors |= {f"{PEFT_PREFIX}{path}.lora_B.weight": pair.b for path, pair in adapted.items()}
     tensors |= saved
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(written, indent=2, sort_keys=True)
+    text = json.dumps(peft_config, indent=2, sort_keys=True)
     (folder / "adapter_config.json").write_text(f"{text}\n", encoding="utf-8")
     save_file(
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},

@@ -30,7 +30,7 @@ from hftl.pipeline.objectives import (
     build_guard_rule,
     build_objective,
     check_objective,
-    warn_of_small_corpus,
+    list_adaptation_warnings,
 )
 from hftl.pipeline.run import ArmContexts, FinishedStage, Run
 from hftl.runtime import distributed, run_folder
@@ -185,7 +185,7 @@ def _adapt_stage(job: _StageJob) -> None:
     rule = build_guard_rule(run.recipe, stage, job.before[0].facts if job.before else None)
     task = build_adaptation_task(context, plain, stage, corpus, seed)
     steps = training.count_steps(stage, len(task.train))  # pyright: ignore
-    for warning in warn_of_small_corpus(stage, len(corpus.train), len(corpus.held_out)):
+    for warning in list_adaptation_warnings(stage, len(corpus.train), len(corpus.held_out)):
         run.say(f"  warning: {warning}")
     seconds = distributed.broadcast_from_main(
         lambda: estimate_adaptation_seconds(model, task, stage, context.device)

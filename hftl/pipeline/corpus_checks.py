@@ -11,7 +11,7 @@ from hftl.data.splits import MEASURED_SPLITS
 from hftl.finetune.build_context import infer_input_spec, pin_revisions
 from hftl.finetune.context import ExperimentContext
 from hftl.pipeline.corpora import build_corpus, select_part
-from hftl.pipeline.objectives import check_corpus, warn_of_small_corpus
+from hftl.pipeline.objectives import check_corpus, list_adaptation_warnings
 from hftl.pipeline.run import Run
 
 MAX_ROWS = {"text": 5_000, "image": 200}
@@ -54,7 +54,7 @@ def check_corpora(recipe: Recipe, context: ExperimentContext) -> list[str]:
                 splits = ("train", *MEASURED_SPLITS) if stage.transductive else ("train",)
                 pictures = sum(len(context.prepared.rows[split]) for split in splits)
                 rows = round((1 - stage.held_out) * pictures)
-            warnings += warn_of_small_corpus(stage, rows, held_out)
+            warnings += list_adaptation_warnings(stage, rows, held_out)
     return warnings
 
 

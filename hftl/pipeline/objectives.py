@@ -158,8 +158,9 @@ def _encode_neighbour_rows(context: ExperimentContext, corpus: Corpus) -> list[E
     return encoded
 
 
-def warn_of_small_corpus(stage: Adapt, rows: int, held_out: int) -> list[str]:
-    """Return warnings of too few steps, and of too few rows that the weights are chosen by.
+def list_adaptation_warnings(stage: Adapt, rows: int, held_out: int) -> list[str]:
+    """Return warnings of too few steps, for a warm-up or at all, and of too few rows that the
+    weights are chosen by.
 
     Args:
         stage: the recipe's section.
