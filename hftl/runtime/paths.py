@@ -21,8 +21,8 @@ TABLE_FORMATS = {
 }  # fmt: skip
 """The format that the suffix of a table's file implies."""
 PACKAGE_PREFIX = "package:"
-ADDRESS = re.compile(r"(https?|ftp|file|hf|s3|gs):/+(.*)", re.DOTALL)
-"""An address; of two slashes a path keeps one."""
+ADDRESS = re.compile(r"(https?|ftp|file|hf|s3|gs):/")
+"""Begins an address; of two slashes a path keeps one."""
 HUB_ADDRESS = re.compile(
     r"(?:hf:/+|https?:/+(?:huggingface\.co|hf\.co)/+)(?:(?:models|datasets|spaces)/)?"
     r"([^/@?#]+(?:/[^/@?#]+)?)"
@@ -84,8 +84,7 @@ def _check_place(place: str, key: str) -> None:
     if not place or "\0" in place:
         what = "holds a NUL" if place else "is empty"
         raise RecipeError(f"{key}: its name {what}", "Give a path or a hub id")
-    address = ADDRESS.match(place)
-    if address is not None and not Path(place).exists():
+    if ADDRESS.match(place) and not Path(place).exists():
         name = _find_hub_id(place)
         fix = "Download it, and give its path" if name is None else f"Give the hub id alone: {name}"
         raise RecipeError(f"{key}: {place} is an address, not a path or a hub id", fix)
