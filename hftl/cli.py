@@ -197,6 +197,8 @@ def predict(
 ) -> None:
     """Predict label and scores of a table's rows, or of one text."""
     check_predict_arguments(data, output, prior, coverage)
+    if output is None and getattr(sys.stdout, "name", "") == os.devnull:
+        raise RecipeError("the screen is closed, where predictions are shown", "Give --output FILE")
     from hftl.inference.predict_table import predict_table
 
     with run_quietly():

@@ -271,6 +271,8 @@ def test_a_screen_that_is_closed_is_no_error(hftl: Hftl, monkeypatch: pytest.Mon
             assert hftl("schema").code == 0
             patch.setattr(sys, stream, None)
             assert hftl("run", "nothing.yaml").code == 2
+    monkeypatch.setattr(sys, "stdout", None)
+    hftl("predict", "run", "a good film").assert_error(2, "the screen is closed", "--output")
 
 
 def test_letters_that_a_locale_lacks_are_read(hftl: Hftl, monkeypatch: pytest.MonkeyPatch) -> None:

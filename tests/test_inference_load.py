@@ -267,6 +267,15 @@ def test_tokenizer_that_makes_no_sense_is_refused(
         load_tokenizer(find_source(Source(model=str(folder))))
 
 
+def test_config_of_an_absurd_model_is_refused_before_it_is_built(
+    made: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(made["text"], tmp_path / "publish"))
+    rewrite(folder / "config.json", num_hidden_layers=10**8)
+    with pytest.raises(RunFolderError, match="config.json: num_hidden_layers is 100000000"):
+        hftl.load(folder)
+
+
 def test_token_that_the_model_does_not_embed_is_refused_by_its_input(
     made: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from support.planted_defects import rewrite
 from transformers import GPT2Config, ViTMAEModel
 
+from hftl.analysis.check import check_unread_blocks
 from hftl.config.section import Source
 from hftl.data.image_processing import resize_processor
 from hftl.errors import HubError, RecipeError
@@ -188,8 +190,14 @@ def test_source_whose_json_is_no_mapping_is_refused(
     ("bert", "config.json", {"hidden_act": "x"}, "does not load"),
     ("bert", "config.json", {"vocab_size": -1}, "does not load"),
     ("vit", "config.json", {"num_attention_heads": 9**9}, "does not load"),
-    ("vit", "config.json", {"image_size": []}, "expected squares"),
-    ("vit", "config.json", {"patch_size": 0}, "expected squares"),
+    ("vit", "config.json", {"image_size": []}, "expected a whole number above 0"),
+    ("vit", "config.json", {"patch_size": 0}, "expected a whole number above 0"),
+    ("bert", "config.json", {"architectures": 7}, "architectures is 7, expected a list of names"),
+    ("bert", "config.json", {"hidden_size": 10**9}, "hidden_size is 1000000000, and no model"),
+    ("bert", "config.json", {"vocab_size": 20},
+     r"embeddings.word_embeddings.weight of .* has the shape \(\d+, 16\), and its config.json"),
+    ("vit", "preprocessor_config.json",
+     {"image_processor_type": "Wav2Vec2FeatureExtractor"}, "Wav2Vec2FeatureExtractor reads no im"),
     ("vit", "preprocessor_config.json", {"size": {"height": None, "width": 8}}, "size must have"),
 ])  # fmt: skip
 def test_source_whose_settings_fit_no_model_is_refused(
@@ -205,6 +213,46 @@ def test_source_whose_settings_fit_no_model_is_refused(
             resize_processor(load_image_processor(source), None)
         build(source)
     assert "\n" not in str(caught.value) and caught.value.fix
+
+
+@pytest.mark.parametrize(("name", "content", "words"), [
+    ("tokenizer.json", "", "tokenizer.json is no JSON: Expecting value"),
+    ("tokenizer_config.json", "\ufeff{}", "tokenizer_config.json is no JSON: Unexpected UTF-8 BOM"),
+    ("tokenizer_config.json", '{"pad_token": "none of these"}',
+     r"pads with 'none of these', which has the number \d+, and the model embeds"),
+])  # fmt: skip
+def test_tokenizer_whose_file_makes_no_sense_is_named(
+    name: str, content: str, words: str, bert: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(bert, tmp_path / "source"))
+    (folder / name).write_text(content)
+    with pytest.raises(RecipeError, match=words):
+        load_tokenizer(find_folder(folder))
+
+
+def test_weights_that_are_a_folder_are_named(bert: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bert, tmp_path / "source"))
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
+    with pytest.raises(RecipeError, match="model.safetensors does not open"):
+        hash_source_weights(find_folder(folder))
+
+
+@pytest.mark.parametrize("kind", [
+    "bert", "vit", "dinov2", "albert", "modernbert", "distilbert", "llama", "clip", "resnet",
+    "swin", "hiera", "pvt_v2", "mobilevit", "efficientnet",
+])  # fmt: skip
+def test_blocks_that_a_config_leaves_out_are_warned_of(
+    kind: str, tiny_model: Tiny, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_model(kind), tmp_path / "source"))
+    run: Any = SimpleNamespace(source=find_folder(folder))
+    assert list(check_unread_blocks(run)) == []
+    if kind in ("bert", "vit", "llama"):
+        rewrite(folder / "config.json", num_hidden_layers=1)
+        run = SimpleNamespace(source=find_folder(folder))
+        (warning,) = check_unread_blocks(run)
+        assert "says 1 layer(s), and its weights hold 3: the last 2 are not read" in warning
 
 
 def test_config_with_half_a_character_has_a_hash(bert: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ of a fault of inputs or labels. To add one, write a function and its line in `CH
 in which warnings are shown.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,8 +21,9 @@ from hftl.data.normalization import find_doubtful_names, is_stray_value
 from hftl.data.prepare import PreparedData, suggest_multi_label
 from hftl.data.text_inputs import TextInputs
 from hftl.finetune.strategies import ZERO_SHOT_ARM
-from hftl.models.architectures import get_max_tokens
+from hftl.models.architectures import get_encoder_config, get_max_tokens
 from hftl.models.source import SourceModel
+from hftl.models.weight_files import read_tensor_shapes
 from hftl.plurals import choose_verb, count_noun
 from hftl.runtime.paths import is_local
 from hftl.train.facts import CheckFacts, Finding
@@ -46,6 +48,8 @@ MAX_LEARNING_RATE = 2e-4
 """Above this, full and partial fine-tuning of a pretrained encoder mostly diverges."""
 HUGE_RATE = 0.02
 """Above this, adapters and heads do so."""
+BLOCK_NUMBER = re.compile(r"(?!.*\bstages\.)(?:\w+\.)*?layers?\.(\d+)\.")
+"""The number of a block in the names of its tensors; those of a stage are counted anew."""
 ADAM = "adam"
 """Is in the names of the optimizers that these rates are of, and of the default."""
 
@@ -239,6 +243,23 @@ def check_zero_shot_source(run: PreflightContext) -> Iterator[str]:
         )
 
 
+def check_unread_blocks(run: PreflightContext) -> Iterator[str]:
+    """Warn of a config with fewer blocks than the weights: the last ones are not read."""
+    config = run.source.config
+    count = getattr(config, "num_hidden_layers", None)
+    # The halves of a pair name their blocks alike.
+    if count is None or get_encoder_config(config) is not config:
+        return
+    numbers = map(BLOCK_NUMBER.match, read_tensor_shapes(run.source.folder))
+    saved = max((int(number[1]) + 1 for number in numbers if number), default=0)
+    if saved > count > 0:
+        yield (
+            f"the config.json of {run.source.name} says {count} layer(s), and its weights hold "
+            f"{saved}: the last {saved - count} are not read; correct num_hidden_layers, unless "
+            "that is meant"
+        )
+
+
 def check_base_reference(run: PreflightContext) -> Iterator[str]:
     """Warn of a source that strangers could not load an adapter on, and of a commit of no hub."""
     if run.source.public_id is None:
@@ -311,6 +332,7 @@ CHECKS: tuple[Check, ...] = (
     check_learning_rates,
     check_lengths_of_training,
     check_zero_shot_source,
+    check_unread_blocks,
     check_base_reference,
     check_dropped_rows,
     check_rows,

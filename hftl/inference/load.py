@@ -25,9 +25,10 @@ from hftl.doctor.adapter_tensors import (
 from hftl.doctor.file_checks import NUMBERED_LABEL, PROCESSOR_FILES, TOKENIZER_FILES
 from hftl.doctor.renamed_modules import get_module_path
 from hftl.errors import RecipeError, RunFolderError
-from hftl.inference.find_model import wrap_loading_errors
+from hftl.inference.find_model import build_loading_error, wrap_loading_errors
 from hftl.models.architecture_spec import TOKEN_CLASSIFICATION, ArchitectureSpec
 from hftl.models.architectures import get_config_spec, get_hidden_size
+from hftl.models.config_limits import find_folder_fault
 from hftl.models.encoders import get_stock_encoder, has_prefix
 from hftl.models.heads import get_placeholder_name
 from hftl.models.lora_concat import PEFT_PREFIX
@@ -59,6 +60,9 @@ def read_model_config(folder: Path, base: Path | None) -> Any:
 def _load_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
+    why = find_folder_fault(folder)
+    if why is not None:
+        raise build_loading_error(folder, f"{MODEL_CONFIG}: {why}")
     with wrap_loading_errors(folder, CONFIG_ERRORS):
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 

@@ -36,7 +36,9 @@ from hftl.models.source import (
     BUILD_ERRORS,
     SourceModel,
     TokenizerError,
+    check_image_processor,
     complete_padding,
+    find_padding_fault,
     open_tokenizer,
 )
 from hftl.models.timm_architecture import TIMM_WRAPPER
@@ -186,9 +188,10 @@ def _build_inputs(
     inputs_class = WordInputs if task == "token-classification" else TextInputs
     tokenizer = _load_tokenizer(folder)
     complete_padding(tokenizer, config)
-    if tokenizer.pad_token_id is None:
+    why = find_padding_fault(tokenizer, config)
+    if why is not None:
         raise build_loading_error(
-            folder, "its tokenizer has no padding token (pad_token in tokenizer_config.json)"
+            folder, f"its tokenizer {why} (pad_token in tokenizer_config.json)"
         )
     text = published.train.text
     columns = [text] if isinstance(text, str) else text
@@ -233,9 +236,10 @@ def _load_image_processor(folder: Path) -> Any:
 
     with wrap_loading_errors(folder, BUILD_ERRORS):
         try:
-            return AutoImageProcessor.from_pretrained(
+            processor = AutoImageProcessor.from_pretrained(
                 folder, backend="pil", trust_remote_code=False
             )
+            return check_image_processor(processor)
         except (ImportError, OSError, ValueError) as error:
             # OSError for a file that is missing or no JSON, ValueError for an unknown class,
             # ImportError for a class that needs a package which is not installed.

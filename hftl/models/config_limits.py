@@ -15,18 +15,29 @@ REPEAT_KEYS = re.compile(
     r"(num|n)_(\w+_)?(layers?|groups?|blocks?|experts?|stages?)|\w*layers|depths?"
 )
 """Keys of configs that say how often a part is repeated, in every family's spelling."""
+MAX_WIDTH = 10_000_000
+WIDTH_KEYS = re.compile(
+    r"(\w+_)?(hidden|intermediate|embedding|vocab|ffn)_(size|dim)s?|d_model|d_ff"
+)
+"""Keys of configs that say how wide a part is."""
 MAX_SIZE_RATIO, SIZE_SLACK = 2, 50_000_000
 """A model may hold so many times the numbers of its file, and so many more for a new head."""
 
 
 def find_config_fault(config: object) -> str | None:
-    """Return what is wrong with the first key of a config that is larger than any model's.
+    """Return what is wrong with a config that names no class, or what is larger than any model's.
 
     Args:
         config: the parsed config.json, which may be of any shape.
     """
+    names = config.get("architectures") if isinstance(config, dict) else None
+    if names is not None and not (
+        isinstance(names, list) and all(isinstance(name, str) for name in names)
+    ):
+        return f"architectures is {names!r}, expected a list of names"
     for key, value in _iterate_counts(config):
-        most = MAX_LABELS if key == "num_labels" else MAX_REPEATS
+        most = MAX_WIDTH if WIDTH_KEYS.fullmatch(key) else MAX_REPEATS
+        most = MAX_LABELS if key == "num_labels" else most
         if value > most:
             return f"{key} is {value}, and no model has more than {most:,}"
     return None
@@ -64,6 +75,6 @@ def _iterate_counts(config: object) -> Iterator[tuple[str, int]]:
         nodes.extend(node.values())
         for key, value in node.items():
             numbers = value if isinstance(value, list) else [value]
-            repeated = REPEAT_KEYS.fullmatch(key) or key == "num_labels"
-            if repeated and all(isinstance(number, int) for number in numbers):
+            counts = REPEAT_KEYS.fullmatch(key) or WIDTH_KEYS.fullmatch(key) or key == "num_labels"
+            if counts and all(isinstance(number, int) for number in numbers):
                 yield key, sum(numbers)

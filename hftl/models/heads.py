@@ -34,6 +34,7 @@ from hftl.models.pooling import pool_before_head
 from hftl.models.quantization import build_quantization_config
 from hftl.models.source import LOADING_ERRORS, SourceModel, describe_load_error
 from hftl.models.timm_architecture import flatten_classifier
+from hftl.models.weight_files import read_tensor_shapes
 from hftl.runtime.hardware import get_device
 
 CONSTANT_TARGET_SPREAD = 1e-3
@@ -325,12 +326,28 @@ def _list_fresh_modules(
         of_head = has_prefix(key, architecture.head.parts)
         of_pooler = architecture.pooler is not None and has_prefix(inside, (architecture.pooler,))
         if not of_head and not of_pooler:
-            raise RecipeError(
-                f"source.model: {source.name} lacks the weights of {key.rsplit('.', 1)[0]}",
-                "Give a complete checkpoint of this architecture",
-            )
+            raise _build_missing_error(source, key)
         modules.add(key.rsplit(".", 1)[0])
     return tuple(sorted(modules))
+
+
+def _build_missing_error(source: SourceModel, key: str) -> RecipeError:
+    """Build the error for a tensor of the encoder that is missing, or has another shape."""
+    module = key.rsplit(".", 1)[0]
+    shapes = read_tensor_shapes(source.folder)
+    # A file may name it with the path of the encoder before it, or without.
+    known = (name for name in shapes if f".{name}".endswith(f".{key}") or key.endswith(f".{name}"))
+    name = next(known, None)
+    if name is None:
+        return RecipeError(
+            f"source.model: {source.name} lacks the weights of {module}",
+            "Give a complete checkpoint of this architecture",
+        )
+    return RecipeError(
+        f"source.model: {name} of {source.name} has the shape {shapes[name]}, and its config.json "
+        "makes another one",
+        "Give the config.json that the weights were saved with",
+    )
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from hftl.models.timm_architecture import (
 )
 from hftl.models.weight_files import WEIGHT_PATTERNS, hash_checkpoint
 from hftl.runtime import paths
-from hftl.runtime.run_folder import fingerprint, read_json
+from hftl.runtime.run_folder import UnreadableJsonError, fingerprint, read_json
 
 CONFIG_PATTERNS = ("*.json", "*.txt", "*.model")
 """Configs, the processor's among them, vocabularies and merges."""
@@ -196,6 +196,7 @@ def describe_load_error(error: Exception) -> str:
     return format_error_line(error)
 
 
+TOKENIZER_JSON_FILES = ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json")
 UNKNOWN_WORD = "\U00013000\u1400\ua900\U000103a0"
 """Letters of four scripts, not all of which a vocabulary has."""
 
@@ -205,7 +206,14 @@ class TokenizerError(ValueError):
 
 
 class TranslatedTokenizerErrors:
-    """Turn what transformers and tokenizers raise on a tokenizer's files into TokenizerError."""
+    """Turn what transformers and tokenizers raise on a tokenizer's files into TokenizerError.
+
+    Args:
+        folder: that holds them.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
     def __enter__(self) -> None:
         """Begin."""
@@ -220,7 +228,19 @@ class TranslatedTokenizerErrors:
         is_known = issubclass(kind, (*CONFIG_ERRORS, ImportError)) and not is_out_of_memory(error)
         if is_own or is_known:
             file = "tokenizer.json: " if is_own else ""
-            raise TokenizerError(f"{file}{format_error_line(error)}") from error
+            why = _find_unreadable_file(self.folder) or f"{file}{format_error_line(error)}"
+            raise TokenizerError(why) from error
+
+
+def _find_unreadable_file(folder: Path) -> str | None:
+    """Return which of a tokenizer's files is no JSON, and why; None where none is."""
+    for name in TOKENIZER_JSON_FILES:
+        try:
+            if (folder / name).exists():
+                read_json(folder / name)
+        except (OSError, UnreadableJsonError) as error:
+            return f"{name} is no JSON: {error}"
+    return None
 
 
 def open_tokenizer(folder: Path) -> Any:
@@ -231,7 +251,7 @@ def open_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    with TranslatedTokenizerErrors():
+    with TranslatedTokenizerErrors(folder):
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         # Some need a token for what they do not know, and fail at the first such text without one.
         ids = tokenizer(UNKNOWN_WORD)["input_ids"]
@@ -270,9 +290,10 @@ def load_tokenizer(source: SourceModel) -> Any:
             f"source.model: {source.name} has no usable tokenizer: it has no vocabulary", fix
         )
     complete_padding(tokenizer, source.config)
-    if tokenizer.pad_token_id is None:
+    why = find_padding_fault(tokenizer, source.config)
+    if why is not None:
         raise RecipeError(
-            f"source.model: the tokenizer of {source.name} has no padding token",
+            f"source.model: the tokenizer of {source.name} {why}",
             "Set pad_token in its tokenizer_config.json",
         )
     tokenizer.padding_side = "right"
@@ -290,6 +311,20 @@ def complete_padding(tokenizer: Any, config: Any) -> None:
     if get_config_spec(config).is_causal and tokenizer.eos_token_id is not None:
         if pad_id is None or pad_id >= config.get_text_config().vocab_size:
             tokenizer.pad_token = tokenizer.eos_token
+
+
+def find_padding_fault(tokenizer: Any, config: Any) -> str | None:
+    """Return why a tokenizer cannot pad what a model reads; None where it can."""
+    number = tokenizer.pad_token_id
+    if number is None:
+        return "has no padding token"
+    embedded = getattr(config.get_text_config(), "vocab_size", None)
+    if embedded is None or number < embedded:
+        return None
+    return (
+        f"pads with {tokenizer.pad_token!r}, which has the number {number}, and the model embeds "
+        f"{embedded} tokens"
+    )
 
 
 def match_padding(source: SourceModel, tokenizer: Any) -> SourceModel:
@@ -332,7 +367,7 @@ def load_image_processor(source: SourceModel, image_size: int | None = None) -> 
     if source.model_type in TORCHVISION_ONLY:
         auto, more = ViTImageProcessorPil, {}
     try:
-        return auto.from_pretrained(source.folder, **more)
+        return check_image_processor(auto.from_pretrained(source.folder, **more))
     except (ImportError, *CONFIG_ERRORS) as error:
         # OSError for a file that is missing or no JSON, ImportError for a class that needs a
         # package which is not installed.
@@ -341,6 +376,19 @@ def load_image_processor(source: SourceModel, image_size: int | None = None) -> 
             f"{format_error_line(error)}",
             "Save the processor beside the model",
         ) from error
+
+
+def check_image_processor(processor: Any) -> Any:
+    """Return a processor, if it is one of images.
+
+    Raises:
+        ValueError: if it reads something else.
+    """
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    if not isinstance(processor, ImageProcessingMixin):
+        raise ValueError(f"{type(processor).__name__} reads no images")
+    return processor
 
 
 def _read_as_encoder(config: Any) -> Any:

@@ -78,7 +78,7 @@ def _hash_tensors(file: Path, digest: Any) -> None:
                 tensor = tensors.get_tensor(name)
                 digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise RecipeError(
             f"source.model: {file} does not open: {error}", "Save it again, or fetch it again"
         ) from error

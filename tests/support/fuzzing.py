@@ -29,6 +29,7 @@ import hypothesis
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import transformers
 import yaml
 from conftest import bench_of, sentences
 from hypothesis import strategies as st
@@ -356,6 +357,7 @@ def measure_memory() -> int:
 def main(name: str, seconds: float, seed: int) -> None:
     """Try a loader in this process, and print what came of it as JSON."""
     warnings.simplefilter("ignore")
+    transformers.utils.logging.disable_progress_bar()
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as place:
         tries = fuzz(name, Path(place), seconds, 200, seed)
