@@ -274,6 +274,10 @@ def test_config_of_an_absurd_model_is_refused_before_it_is_built(
     rewrite(folder / "config.json", num_hidden_layers=10**8)
     with pytest.raises(RunFolderError, match="config.json: num_hidden_layers is 100000000"):
         hftl.load(folder)
+    shutil.copy(made["text"] / "config.json", folder)
+    rewrite(folder / "config.json", intermediate_size=9_000_000)
+    with pytest.raises(RunFolderError, match="makes a model of [0-9,]+ numbers"):
+        hftl.load(folder)
 
 
 def test_token_that_the_model_does_not_embed_is_refused_by_its_input(

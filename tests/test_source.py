@@ -17,7 +17,7 @@ from transformers import GPT2Config, ViTMAEModel
 
 from hftl.analysis.check import check_unread_blocks
 from hftl.config.section import Source
-from hftl.data.image_processing import resize_processor
+from hftl.data.image_processing import get_image_size, resize_processor
 from hftl.errors import HubError, RecipeError
 from hftl.models.architectures import get_native_image_size, get_patch_size
 from hftl.models.heads import LoadedModel, build_model
@@ -198,6 +198,10 @@ def test_source_whose_json_is_no_mapping_is_refused(
      r"embeddings.word_embeddings.weight of .* has the shape \(\d+, 16\), and its config.json"),
     ("vit", "preprocessor_config.json",
      {"image_processor_type": "Wav2Vec2FeatureExtractor"}, "Wav2Vec2FeatureExtractor reads no im"),
+    ("vit", "config.json", {"hidden_size": 21472}, "makes a model of [0-9,]+ numbers"),
+    ("vit", "config.json", {"image_size": 800_000}, "makes a model of [0-9,]+ numbers"),
+    ("vit", "preprocessor_config.json", {"size": {"height": 10**6, "width": 10**6}},
+     "has height=1000000, expected 1 to 16384 pixels"),
     ("vit", "preprocessor_config.json", {"size": {"height": None, "width": 8}}, "size must have"),
 ])  # fmt: skip
 def test_source_whose_settings_fit_no_model_is_refused(
@@ -210,7 +214,7 @@ def test_source_whose_settings_fit_no_model_is_refused(
         if kind == "vit":
             get_native_image_size(source.config)
             get_patch_size(source.config)
-            resize_processor(load_image_processor(source), None)
+            get_image_size(resize_processor(load_image_processor(source), None))
         build(source)
     assert "\n" not in str(caught.value) and caught.value.fix
 

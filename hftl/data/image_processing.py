@@ -16,6 +16,9 @@ ARITHMETIC_SWITCHES = ("do_rescale", "do_normalize", "include_top")
 """A processor's switches of what comes after resize and crop, in transformers' names."""
 CANVAS_SWITCHES = ("do_resize", "do_center_crop", "do_flip_channel_order")
 """Its switches of what the canvas is the result of; MobileViT reads blue, green and red."""
+SIDES = ("height", "width", "shortest_edge", "longest_edge")
+MAX_SIDE = 16384
+"""Pixels of a picture's side after resizing, at most."""
 
 
 @contextmanager
@@ -51,6 +54,7 @@ def get_image_size(processor: Any) -> int:
     elif _crops_by_share(processor):
         sizes = dict.fromkeys(("height", "width"), sizes["shortest_edge"])
     height, width = sizes.get("height"), sizes.get("width")
+    _check_target(processor)
     if height is None or height != width:
         raise RecipeError(
             f"{_describe_processor(processor)} makes no squares of one size: "
@@ -58,6 +62,20 @@ def get_image_size(processor: Any) -> int:
             "Set data.image_size, in pixels, or choose another source",
         )
     return height
+
+
+def _check_target(processor: Any) -> None:
+    """Refuse to resize to what no memory holds, or to no picture at all."""
+    for sizes in (processor.size, processor.crop_size if processor.do_center_crop else None):
+        for name, side in dict(sizes or {}).items():
+            if name not in SIDES or side is None:
+                continue
+            if not isinstance(side, (int, float)) or not 0 < side <= MAX_SIDE:
+                raise RecipeError(
+                    f"{_describe_processor(processor)} has {name}={side}, expected 1 to {MAX_SIDE} "
+                    "pixels",
+                    "Correct size and crop_size in preprocessor_config.json",
+                )
 
 
 def resize_processor(processor: Any, image_size: int | None) -> Any:

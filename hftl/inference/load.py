@@ -30,7 +30,7 @@ from hftl.models.architecture_spec import TOKEN_CLASSIFICATION, ArchitectureSpec
 from hftl.models.architectures import get_config_spec, get_hidden_size
 from hftl.models.config_limits import find_folder_fault
 from hftl.models.encoders import get_stock_encoder, has_prefix
-from hftl.models.heads import get_placeholder_name
+from hftl.models.heads import find_oversize, get_placeholder_name
 from hftl.models.lora_concat import PEFT_PREFIX
 from hftl.models.quantization import build_quantization_config, check_quantization
 from hftl.models.source import CONFIG_ERRORS, LOADING_ERRORS, TENSOR_FILE_ERRORS, find_source
@@ -140,6 +140,7 @@ def load_incomplete_base(folder: Path, base: Path, config: Any = None) -> Incomp
             model if it lacks any.
     """
     quantization = _read_quantization(folder)
+    _refuse_oversize(base)
     with wrap_loading_errors(base, LOADING_ERRORS):
         loaded = reload_check.load_base(folder, base, config, quantization)
     is_whole_model = base == folder
@@ -156,6 +157,17 @@ def load_incomplete_base(folder: Path, base: Path, config: Any = None) -> Incomp
     if is_whole_model:
         _refuse_missing(base, is_whole_model, missing)
     return IncompleteBase(loaded.model, base, is_whole_model, missing)
+
+
+def _refuse_oversize(base: Path) -> None:
+    """Refuse to build a model far larger than its weights: it may not fit into memory."""
+    from transformers import AutoModel
+
+    config = _load_config(base)
+    with wrap_loading_errors(base, LOADING_ERRORS):
+        why = find_oversize(AutoModel.from_config, config, base)
+    if why is not None:
+        raise build_loading_error(base, why)
 
 
 def _read_quantization(folder: Path) -> Any:

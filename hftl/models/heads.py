@@ -3,9 +3,11 @@
 The stock class is the one that `AutoModelFor{Sequence,Token,Image}Classification` builds.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
@@ -14,8 +16,15 @@ from torch import nn
 
 from hftl.errors import RecipeError, is_out_of_memory
 from hftl.models.architecture_spec import TOKEN_CLASSIFICATION, ArchitectureSpec
-from hftl.models.architectures import get_encoder_config, get_hidden_size
+from hftl.models.architectures import (
+    get_encoder_config,
+    get_hidden_size,
+    get_native_image_size,
+    get_patch_size,
+)
+from hftl.models.config_limits import find_size_fault, may_be_oversized
 from hftl.models.encoders import (
+    build_on_meta,
     get_blocks,
     get_encoder_class,
     get_task_class,
@@ -264,6 +273,24 @@ def build_quantization_arguments(
     return {"quantization_config": settings, "device_map": {"": get_device()}}
 
 
+def find_oversize(kind: Any, config: Any, folder: Path) -> str | None:
+    """Return how a config makes a model far larger than the weights beside it; None where not.
+
+    Such a model may not fit into memory, whatever reads the weights afterwards.
+
+    Args:
+        kind: the class, or a function that builds a model of a config.
+        config: of the model.
+        folder: of the weights.
+    """
+    shapes = read_tensor_shapes(folder)
+    side, patch = get_native_image_size(config) or 0, get_patch_size(config)
+    held = sum(map(math.prod, shapes.values()))
+    if not shapes or not may_be_oversized(config.to_dict(), (side // patch) ** 2, held):
+        return None
+    return find_size_fault(build_on_meta(kind, config), shapes)
+
+
 def load_class(
     source: SourceModel, kind: Any, config: Any, extra: Mapping[str, object]
 ) -> tuple[Any, set[str]]:
@@ -282,6 +309,9 @@ def load_class(
         RecipeError: if the checkpoint does not load.
     """
     try:
+        why = find_oversize(kind, config, source.folder)
+        if why is not None:
+            raise ValueError(why)
         model, info = kind.from_pretrained(
             source.folder,
             config=config,
