@@ -251,11 +251,15 @@ def _load_tokenizer(folder: Path) -> Any:
 
     Raises:
         RecipeError: if it has none.
+        RunFolderError: if its files make no sense.
     """
     try:
         return open_tokenizer(folder)
     except TokenizerError as error:
-        raise _build_missing_error(folder, "tokenizer", error) from error
+        # As for processors: of a missing file, an unknown class, and a missing package.
+        if isinstance(error.__cause__, (ImportError, OSError, ValueError)):
+            raise _build_missing_error(folder, "tokenizer", error) from error
+        raise build_loading_error(folder, str(error)) from error
 
 
 def _build_missing_error(folder: Path, kind: str, error: Exception) -> RecipeError:

@@ -16,12 +16,7 @@ from torch import nn
 
 from hftl.errors import RecipeError, is_out_of_memory
 from hftl.models.architecture_spec import TOKEN_CLASSIFICATION, ArchitectureSpec
-from hftl.models.architectures import (
-    get_encoder_config,
-    get_hidden_size,
-    get_native_image_size,
-    get_patch_size,
-)
+from hftl.models.architectures import get_encoder_config, get_hidden_size
 from hftl.models.config_limits import find_size_fault, may_be_oversized
 from hftl.models.encoders import (
     build_on_meta,
@@ -284,9 +279,12 @@ def find_oversize(kind: Any, config: Any, folder: Path) -> str | None:
         folder: of the weights.
     """
     shapes = read_tensor_shapes(folder)
-    side, patch = get_native_image_size(config) or 0, get_patch_size(config)
+    encoder = get_encoder_config(config)
+    side, patch = getattr(encoder, "image_size", None), getattr(encoder, "patch_size", None)
+    is_sized = isinstance(side, int) and isinstance(patch, int) and patch > 0
+    patches = (side // patch) ** 2 if is_sized else 0
     held = sum(map(math.prod, shapes.values()))
-    if not shapes or not may_be_oversized(config.to_dict(), (side // patch) ** 2, held):
+    if not shapes or not may_be_oversized(config.to_dict(), patches, held):
         return None
     return find_size_fault(build_on_meta(kind, config), shapes)
 
