@@ -281,8 +281,9 @@ def find_oversize(kind: Any, config: Any, folder: Path) -> str | None:
     shapes = read_tensor_shapes(folder)
     encoder = get_encoder_config(config)
     side, patch = getattr(encoder, "image_size", None), getattr(encoder, "patch_size", None)
-    is_sized = isinstance(side, int) and isinstance(patch, int) and patch > 0
-    patches = (side // patch) ** 2 if is_sized else 0
+    patches = 0
+    if isinstance(side, int) and isinstance(patch, int) and patch > 0:
+        patches = (side // patch) ** 2
     held = sum(map(math.prod, shapes.values()))
     if not shapes or not may_be_oversized(config.to_dict(), patches, held):
         return None
