@@ -183,7 +183,7 @@ def push_and_kill(hub: LocalHub, push: Pusher, run: Path, after: float | None) -
     return time.monotonic() - began
 
 
-@pytest.mark.parametrize("count", [3, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [2, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_push_leaves_the_old_state_or_the_new(
     count: int, hub: LocalHub, push: Pusher, later: Path, tmp_path: Path
 ) -> None:
